@@ -1,0 +1,28 @@
+"""All routed experts of a layer as two stacked tensors: one parameter each, so no engine sees an expert missing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe import ops
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts. w13 [E, 2F, D]: gate rows, then up rows; w2 [E, D, F].
+
+    Every weight takes part in every step: an expert without tokens gets a zero gradient, not none.
+    """
+
+    def __init__(self, hidden_size: int, moe_intermediate_size: int, n_routed_experts: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
+        nn.init.normal_(self.w13, std=hidden_size**-0.5)
+        nn.init.normal_(self.w2, std=moe_intermediate_size**-0.5)
+
+    def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """x [..., D], experts and gates [..., K] -> [..., D]. Ids outside [0, E) are no expert."""
+        k = experts.shape[-1]
+        y = ops.experts(x.reshape(-1, x.shape[-1]), self.w13, self.w2, experts.reshape(-1, k), gates.reshape(-1, k))
+        return y.view(x.shape)

@@ -1,0 +1,158 @@
+"""Choose K of E experts for each token, without an auxiliary loss steering the gradient.
+
+    logits = u W_g^T                       [N, E] fp32, whatever the dtype of the tokens
+    s = sigmoid(logits)                    affinity (softmax over experts for V2)
+    chosen = top-k of s + b                [N, K] inside the best topk_group of n_group groups; b steers choice only
+    gates = s at chosen, normalised, times routed_scaling_factor: the bias never reaches a gate
+
+A group's strength is the sum of its two best biased scores (V3) or its best score (softmax, V2); experts of other
+groups score -inf, not 0, or a negative bias would let them in.
+
+Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2, equations 12-16; sequence-wise loss: equations 17-20.
+Not here: how the bias moves (balance.py), where tokens travel (ops.experts).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config import ModelConfig, UserError, check_routing
+from moe.layers.routing import Routing
+
+SAMPLE = 1024  # tokens of a batch that the health statistics look at: enough for two digits, and cheap
+
+
+class Router(nn.Module):
+    """[..., D] -> Routing. `seq_aux_alpha` weighs the sequence-wise loss, made in training only."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        n_group: int = 1,
+        topk_group: int = 1,
+        scoring_func: str = "sigmoid",
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        seq_aux_alpha: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_routing(n_routed_experts, num_experts_per_tok, n_group, topk_group, norm_topk_prob)
+        if scoring_func not in ("sigmoid", "softmax"):
+            raise UserError(f"scoring_func={scoring_func!r} is not one of ['sigmoid', 'softmax']")
+        self.n_experts, self.k = n_routed_experts, num_experts_per_tok
+        self.n_group, self.topk_group = n_group, topk_group
+        self.scoring_func, self.norm, self.scaling = scoring_func, norm_topk_prob, routed_scaling_factor
+        self.seq_aux_alpha = seq_aux_alpha
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+        self.register_buffer("bias", torch.zeros(n_routed_experts, dtype=torch.float32))
+
+    @classmethod
+    def from_config(cls, c: ModelConfig) -> Router:
+        return cls(
+            c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group, c.scoring_func,
+            c.norm_topk_prob, c.routed_scaling_factor, c.seq_aux_alpha,
+        )  # fmt: skip
+
+    def _apply(self, fn, recurse: bool = True):
+        # The bias moves in steps of 0.001: bf16 would round them away, so no cast of the model reaches it.
+        bias = self.bias
+        super()._apply(fn, recurse)
+        self.bias = self.bias.float() if bias.is_meta else bias.to(self.bias.device)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        replay: Tensor | None = None,
+        keep_scores: bool = False,
+    ) -> Routing:
+        """[..., D] -> Routing with leading dimensions [...].
+
+        mask [...]: False is padding, not routed and not counted (ids = E, gates = 0). replay [..., K]: choices
+        recorded earlier are used instead of top-k; the gates follow today's affinities. token_ids [...] are for
+        routers that look at tokens; this one does not.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(tokens.to(wide), self.weight.to(wide))
+        s = torch.sigmoid(logits) if self.scoring_func == "sigmoid" else torch.softmax(logits, -1)
+        chosen = self.choose(s.detach(), self.bias) if replay is None else replay.reshape(-1, self.k)
+        valid = None if mask is None else mask.reshape(-1, 1)
+        known = chosen.clamp(0, self.n_experts - 1) if replay is not None else chosen
+        gates = s.gather(1, known)
+        if self.norm:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        gates = gates * self.scaling
+        if valid is not None:
+            chosen = torch.where(valid, chosen, self.n_experts)
+            gates = gates * valid
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        if self.training:
+            if self.seq_aux_alpha > 0:
+                losses["seq_aux"] = self.seq_aux_alpha * self._sequence_loss(s, x.shape, mask)
+            stats = self._health(s.detach(), chosen)
+        inside = torch.where((chosen >= 0) & (chosen < self.n_experts), chosen, self.n_experts)
+        ones = torch.ones_like(inside.reshape(-1))
+        counts = ones.new_zeros(self.n_experts + 1).scatter_add_(0, inside.reshape(-1), ones)[: self.n_experts]
+        shape = x.shape[:-1]
+        return Routing(
+            chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,
+            s.view(*shape, self.n_experts) if keep_scores else None,
+        )  # fmt: skip
+
+    def choose(self, s: Tensor, bias: Tensor) -> Tensor:
+        """[N, E] affinities, [E] bias -> [N, K] ids of the best biased scores inside the best groups."""
+        biased = s + bias
+        if self.topk_group == self.n_group:
+            return biased.topk(self.k, -1).indices
+        n, size = s.shape[0], self.n_experts // self.n_group
+        groups = biased.view(n, self.n_group, size)
+        strength = groups.amax(-1)
+        if self.scoring_func == "sigmoid":  # V3: the two best; a tie must count twice, so mask one place, not a value
+            best = groups.argmax(-1, keepdim=True)
+            strength = strength + groups.scatter(-1, best, float("-inf")).amax(-1)
+        kept = strength.topk(self.topk_group, -1, sorted=False).indices.sort(-1).values
+        open_scores = groups.gather(1, kept.unsqueeze(-1).expand(-1, -1, size)).view(n, -1)  # others: -inf, left out
+        inside = open_scores.topk(self.k, -1).indices
+        return kept.gather(1, inside // size) * size + inside % size
+
+    def _sequence_loss(self, s: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
+        """Equations 17-20, averaged over sequences; f from unbiased, ungrouped top-k and without gradient."""
+        rows = shape[0] if len(shape) == 3 else 1
+        top = s.detach().topk(self.k, -1, sorted=False).indices
+        one = torch.ones_like(top, dtype=s.dtype)
+        valid = s.new_ones(rows, s.shape[0] // rows) if mask is None else mask.reshape(rows, -1).to(s.dtype)
+        length = valid.sum(1).clamp_min(1)
+        one = one * valid.reshape(-1, 1)
+        row = torch.arange(rows, device=s.device).repeat_interleave(s.shape[0] // rows).unsqueeze(1)
+        f = s.new_zeros(rows * self.n_experts).scatter_add_(0, (row * self.n_experts + top).reshape(-1), one.reshape(-1))
+        f = f.view(rows, self.n_experts) * (self.n_experts / self.k) / length.unsqueeze(1)
+        s = s.view(rows, -1, self.n_experts)
+        # sum_i f_i P_i = mean_t (f . s_t) / sum(s_t): one product instead of a normalised copy of all scores
+        share = torch.bmm(s, f.unsqueeze(-1)).squeeze(-1) / s.sum(-1)
+        return ((share * valid).sum(1) / length).mean()
+
+    def _health(self, s: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """Sums over a sample of routed tokens: see Routing.stats."""
+        stride = max(1, s.shape[0] // SAMPLE)
+        s, chosen = s[::stride], chosen[::stride]
+        live = (chosen[:, 0] >= 0) & (chosen[:, 0] < self.n_experts)
+        top = s.topk(min(2, self.n_experts), -1).values
+        free = self.choose(s, torch.zeros_like(self.bias))  # what the affinities alone would choose
+        kept = (free.unsqueeze(2) == chosen.unsqueeze(1)).any(2).sum(1)
+        return {
+            "tokens": live.sum(),
+            "margin": ((top[:, 0] - top[:, -1]) * live).sum().float(),
+            "kept": (kept * live).sum(),
+        }
+
+
+ROUTERS = {"topk": Router.from_config}
