@@ -146,6 +146,7 @@ class ModelConfig(Section):
 
     num_nextn_predict_layers: int = knob(1, "depth D of multi-token prediction; dropped at inference", ge=0)
     mtp_weight: Any = knob(0.3, "weight (lambda) of the MTP loss; number or [[progress, value], ...]")
+    mtp_rows: float = knob(1.0, "share of a batch's rows that carry the MTP loss: unbiased, and cheaper", gt=0, le=1)
 
     tie_word_embeddings: bool = knob(False, "output head shares the embedding's weight")
     init: str = knob(
@@ -362,7 +363,6 @@ class TrainConfig(Section):
     device: str = knob("auto", "auto: cuda where there is one, else cpu", choices=["auto", "cpu", "cuda"])
     threads: int = knob(0, "CPU threads of each rank; 0: cores divided by local ranks", ge=0)
     keep_memory: bool = knob(True, "CPU with glibc: freed memory stays with the process, which halves a step's time")
-    deterministic: bool = knob(True, "same seed, same bits on one machine")
     eval_every: int = knob(50, "steps between validations; 0: only at the end", ge=0)
     eval_tokens: int = knob(65536, "tokens of the fixed validation subset used during the run", ge=1)
     save_every: int = knob(100, "steps between checkpoints; 0: only at the end", ge=0)

@@ -113,12 +113,13 @@ class Transformer(nn.Module):
         records: Routings = {}
         for depth, module in enumerate(self.mtp):
             k = depth + 1
-            time = tokens.shape[1] - k
-            seen = [None if m is None else m[:, :time] for m in (segment_ids, mask)]
+            time = max(tokens.shape[1] - k, 0)
+            segments = None if segment_ids is None else segment_ids[:, :time]
+            valid = None if mask is None else mask[:, :time] & mask[:, k:]  # the token looked at may be padding too
             cos, sin = (a[..., :time, :] for a in angles)
             replay = routings.get(f"mtp.{depth}") if routings else None
             hidden, routing = self._run(
-                module, hidden[:, :time], self.embed(tokens[:, k:]), (cos, sin), seen[0], seen[1], tokens[:, :time], replay
+                module, hidden[:, :time], self.embed(tokens[:, k:]), (cos, sin), segments, valid, tokens[:, :time], replay
             )
             states.append(module.norm(hidden))
             if routing is not None:

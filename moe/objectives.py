@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import ops
+from moe.config import UserError, nearest
 from moe.layers.balance import BALANCERS, State
 from moe.model import Transformer
 
@@ -57,6 +58,8 @@ class Pretraining(nn.Module):
 
     def __init__(self, model: Transformer, balance: str = "bias") -> None:
         super().__init__()
+        if balance not in BALANCERS:
+            raise UserError(f"model.balance={balance!r} is not one of {list(BALANCERS)}{nearest(balance, BALANCERS)}")
         self.model = model
         self.balancer = BALANCERS[balance]
 
@@ -78,15 +81,18 @@ class Pretraining(nn.Module):
         total = ce
         sums = {"loss": ce.detach(), "tokens": (targets >= 0).sum()}
         if self.training and len(model.mtp) and mtp_weight > 0:
-            states, more = model.look_ahead(hidden, inputs, segments)
+            # The first rows stand for all: row order is random. Scaling up keeps the gradient's expectation.
+            some = max(1, round(tokens.shape[0] * model.config.mtp_rows))
+            part = [None if x is None else x[:some] for x in (tokens, segment_ids, mask)]
+            states, more = model.look_ahead(hidden[:some], inputs[:some], None if segments is None else segments[:some])
             routings |= more
             mtp = torch.zeros_like(ce)
             counted = torch.zeros_like(sums["tokens"])
             for depth, state in enumerate(states):
-                ahead = targets_ahead(tokens, depth + 2, segment_ids, mask)
+                ahead = targets_ahead(part[0], depth + 2, part[1], part[2])
                 mtp = mtp + cross_entropy_sum(state, model.head.weight, ahead)
                 counted += (ahead >= 0).sum()
-            total = total + mtp * (mtp_weight / len(states))
+            total = total + mtp * (mtp_weight / len(states) * tokens.shape[0] / some)
             sums |= {"mtp": mtp.detach(), "mtp_tokens": counted}
         loss = total / divisor
         if auxiliary := [value for r in routings.values() for value in r.losses.values()]:

@@ -79,7 +79,7 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor)
 
 @_experts.register_fake
 def _(x, w13, w2, experts, gates):
-    return torch.empty_like(x), x.new_empty(experts.numel(), w13.shape[1])
+    return torch.empty_like(x), x.new_empty(eager.order_rows(x, experts.numel(), w13.shape[0]), w13.shape[1])
 
 
 @torch.library.custom_op("moe::experts_backward", mutates_args=())
@@ -179,7 +179,7 @@ _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
 # ------------------------------------------------------------------------------------------------------ head with loss
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
     """Sum over tokens of the cross-entropy of `hidden @ weight.T`, in nats.
 
     hidden [N, D], weight [V, D], targets [N] int64, negative: no target -> scalar, fp32 or wider. `chunk` rows of

@@ -91,7 +91,7 @@ class MLA(nn.Module):
         cos, sin = (a if a.ndim == 3 else a.unsqueeze(0) for a in angles)
 
         q = self.q_b(self.q_a_norm(self.q_a(x))) if hasattr(self, "q_a") else self.q(x)
-        q_nope, q_rope = q.view(batch, time, self.heads, -1).split([self.nope, self.rope], -1)
+        q_nope, q_rope = q.view(batch, time, self.heads, self.nope + self.rope).split([self.nope, self.rope], -1)
         q_rope = rotate(q_rope, cos, sin)
         c_kv, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], -1)
         c_kv = self.kv_a_norm(c_kv)
@@ -109,11 +109,11 @@ class MLA(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, segment_ids: Tensor | None
     ) -> Tensor:
         batch, time = c_kv.shape[:2]
-        k_nope, v = self.kv_b(c_kv).view(batch, time, self.heads, -1).split([self.nope, self.v], -1)
+        k_nope, v = self.kv_b(c_kv).view(batch, time, self.heads, self.nope + self.v).split([self.nope, self.v], -1)
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.heads, -1)), -1)
         o = ops.attention(q, k, v, self.scale, segment_ids)
-        return self.o(o.reshape(batch, time, -1))
+        return self.o(o.reshape(batch, time, self.heads * self.v))
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor, positions: Tensor) -> Tensor:
         """Queries [B, T, H, .] at `positions` [B, T] over cached latents [B, S, C] and rotary keys [B, S, R]."""

@@ -62,9 +62,15 @@ def update_balance(
     the states over ranks yourself between observe and update.
     """
     many = routings if isinstance(routings, list) else [routings]
-    balancer = BALANCERS[rule]
+    balancer, found = BALANCERS[rule], routers(model)
+    for record in many:
+        if record and found and not record.keys() & found.keys():
+            raise ValueError(
+                f"update_balance: routings of {list(record)} fit no router of this model, which has {list(found)}; "
+                "pass the model that made them, without its wrapper"
+            )
     with torch.no_grad():
-        for name, router in routers(model).items():
+        for name, router in found.items():
             state = balancer.init(router.bias.shape[0], router.bias.device)
             for record in many:
                 if name in record:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, UserError, nearest
 from moe.layers.attention import ATTENTIONS
 from moe.layers.basics import RMSNorm, SwiGLU
 from moe.layers.cache import LatentCache
@@ -20,6 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        if config.attention not in ATTENTIONS:
+            hint = nearest(config.attention, ATTENTIONS)
+            raise UserError(f"model.attention={config.attention!r} is not one of {list(ATTENTIONS)}{hint}")
         self.layer = layer
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = ATTENTIONS[config.attention](config)

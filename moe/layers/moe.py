@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, UserError, nearest
 from moe.layers.basics import SwiGLU
 from moe.layers.experts import Experts
 from moe.layers.router import ROUTERS, Router
@@ -38,6 +38,8 @@ class MoE(nn.Module):
 
     @classmethod
     def from_config(cls, c: ModelConfig) -> MoE:
+        if c.router not in ROUTERS:
+            raise UserError(f"model.router={c.router!r} is not one of {list(ROUTERS)}{nearest(c.router, ROUTERS)}")
         return cls(
             c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, c.n_shared_experts,
             router=ROUTERS[c.router](c),

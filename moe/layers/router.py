@@ -83,10 +83,13 @@ class Router(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(tokens.to(wide), self.weight.to(wide))
         s = torch.sigmoid(logits) if self.scoring_func == "sigmoid" else torch.softmax(logits, -1)
-        chosen = self.choose(s.detach(), self.bias) if replay is None else replay.reshape(-1, self.k)
         valid = None if mask is None else mask.reshape(-1, 1)
-        known = chosen.clamp(0, self.n_experts - 1) if replay is not None else chosen
-        gates = s.gather(1, known)
+        if replay is None:
+            chosen = self.choose(s.detach(), self.bias)
+            gates = s.gather(1, chosen)
+        else:  # a recorded id outside [0, E) is no expert: no gate, and no part in the others' sum
+            chosen = replay.reshape(-1, self.k)
+            gates = s.gather(1, chosen.clamp(0, self.n_experts - 1)) * ((chosen >= 0) & (chosen < self.n_experts))
         if self.norm:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         gates = gates * self.scaling
@@ -120,22 +123,22 @@ class Router(nn.Module):
             best = groups.argmax(-1, keepdim=True)
             strength = strength + groups.scatter(-1, best, float("-inf")).amax(-1)
         kept = strength.topk(self.topk_group, -1, sorted=False).indices.sort(-1).values
-        open_scores = groups.gather(1, kept.unsqueeze(-1).expand(-1, -1, size)).view(n, -1)  # others: -inf, left out
+        open_scores = groups.gather(1, kept.unsqueeze(-1).expand(-1, -1, size)).flatten(1)  # others: -inf, left out
         inside = open_scores.topk(self.k, -1).indices
         return kept.gather(1, inside // size) * size + inside % size
 
     def _sequence_loss(self, s: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
         """Equations 17-20, averaged over sequences; f from unbiased, ungrouped top-k and without gradient."""
-        rows = shape[0] if len(shape) == 3 else 1
+        rows, time = (shape[0], shape[1]) if len(shape) == 3 else (1, s.shape[0])
         top = s.detach().topk(self.k, -1, sorted=False).indices
         one = torch.ones_like(top, dtype=s.dtype)
-        valid = s.new_ones(rows, s.shape[0] // rows) if mask is None else mask.reshape(rows, -1).to(s.dtype)
+        valid = s.new_ones(rows, time) if mask is None else mask.reshape(rows, time).to(s.dtype)
         length = valid.sum(1).clamp_min(1)
         one = one * valid.reshape(-1, 1)
-        row = torch.arange(rows, device=s.device).repeat_interleave(s.shape[0] // rows).unsqueeze(1)
+        row = torch.arange(rows, device=s.device).repeat_interleave(time).unsqueeze(1)
         f = s.new_zeros(rows * self.n_experts).scatter_add_(0, (row * self.n_experts + top).reshape(-1), one.reshape(-1))
         f = f.view(rows, self.n_experts) * (self.n_experts / self.k) / length.unsqueeze(1)
-        s = s.view(rows, -1, self.n_experts)
+        s = s.view(rows, time, self.n_experts)
         # sum_i f_i P_i = mean_t (f . s_t) / sum(s_t): one product instead of a normalised copy of all scores
         share = torch.bmm(s, f.unsqueeze(-1)).squeeze(-1) / s.sum(-1)
         return ((share * valid).sum(1) / length).mean()

@@ -1,0 +1,55 @@
+"""AdamW's parameter groups and the learning-rate schedules.
+
+Source: DeepSeek-V3 (arXiv 2412.19437) section 4.2: AdamW (0.9, 0.95), decay 0.1, and the schedule in fractions of its
+14.8 T tokens. Norms carry no decay; router biases are buffers and never reach the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe.config import OptimConfig, UserError, nearest
+
+
+def adamw(parameters: list[Tensor], c: OptimConfig) -> torch.optim.AdamW:
+    """One fused AdamW over matrices with decay and vectors without."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+    )
+
+
+def v3(progress: float, final: float) -> float:
+    """Constant to 10 T, cosine to `final` until 14.3 T, constant for 333 B, a third of it for the last 167 B tokens."""
+    hold, decay, last = 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
+    if progress < hold:
+        return 1.0
+    if progress < decay:
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (progress - hold) / (decay - hold)))
+    return final if progress < last else final / 3
+
+
+def cosine(progress: float, final: float) -> float:
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def constant(progress: float, final: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {"v3": v3, "cosine": cosine, "constant": constant}
+
+
+def learning_rate(c: OptimConfig, step: int, steps: int) -> float:
+    """Rate of optimizer step `step` (from 1) of `steps`: linear warm-up, then the schedule over the whole run."""
+    if c.schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={c.schedule!r} is not one of {list(SCHEDULES)}{nearest(c.schedule, SCHEDULES)}")
+    warmup = c.warmup * steps
+    return c.lr * SCHEDULES[c.schedule]((step - 1) / steps, c.final_lr) * min(1.0, step / max(warmup, 1.0))
