@@ -140,7 +140,7 @@ def golden(bias):
     "choose, bias",
     [
         (choosing(two_best, closed=0.0), "all negative"),
-        (choosing(lambda g, s: g.amax(-1)), "large"),
+        (choosing(lambda g, s: g.amax(-1)), "small"),
         (choosing(lambda g, s: s.topk(2, -1).values.sum(-1)), "large"),
         (lambda self, s, bias: s.topk(self.k, -1).indices, "large"),
     ],

@@ -254,7 +254,8 @@ def _check(folder: Path, found: list[str]) -> None:
     if found:
         raise UserError(
             f"{folder} does not fit its config.json, {len(found)} tensor{'s' * (len(found) > 1)}: "
-            f"{'; '.join(found[:3])}{'; ...' if found[3:] else ''}; correct config.json, or download or export the folder again"
+            f"{'; '.join(found[:3])}{'; ...' if found[3:] else ''}; correct config.json, or download or export the "
+            "folder again"
         )
 
 

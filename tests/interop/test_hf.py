@@ -247,11 +247,11 @@ def test_an_export_saved_again_by_transformers_keeps_our_knobs(rng, tmp_path):
     torch.testing.assert_close(model(tokens).logits, again(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.25])
-def test_attention_factor_of_transformers_is_understood(factor, rng, tmp_path):
+@pytest.mark.parametrize(("factor", "overall"), [(1.0, 0.5), (1.25, 0.5), (1.0, None)])
+def test_attention_factor_of_transformers_is_understood(factor, overall, rng, tmp_path):
     model = make(shape(rng, rope_scaling=dict(YARN)))
     folder = to_hf(model, tmp_path / "out")
-    edit(folder, rope_scaling=dict(YARN, attention_factor=factor, mscale_all_dim=0.5))
+    edit(folder, rope_scaling=dict(YARN, attention_factor=factor, mscale_all_dim=overall))
     them, read = theirs(folder)[0], from_hf(folder)
     tokens = clear_tokens(read, rng)
     torch.testing.assert_close(read(tokens).logits, them(tokens).logits, rtol=1e-5, atol=1e-5)
@@ -559,6 +559,21 @@ def test_an_interruption_at_any_file_leaves_a_whole_export(rng, tmp_path, monkey
     assert from_hf(folder).config == new.config and [p.name for p in tmp_path.iterdir()] == ["out"]
     to_hf(old, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_earlier_export_returns_when_the_new_one_cannot_take_its_place(rng, tmp_path, monkeypatch):
+    old, real = make(shape(rng)), os.rename
+    folder = to_hf(old, tmp_path / "out")
+
+    def rename(source, target):
+        if ".tmp-" in str(source):
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(UserError, match="Input/output error"):
+        to_hf(make(shape(rng)), folder)
+    assert from_hf(folder).config == old.config and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_other_peoples_files_are_never_replaced(rng, tmp_path):
