@@ -45,6 +45,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
     return torch.stack(rows).view(batch, time, heads, v.shape[-1])
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., D] -> [..., D]: x / sqrt(mean(x^2) + eps) * weight."""
+    return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps) * weight
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """[N, D], [V, D], [N] -> scalar: sum of -log softmax(weight @ hidden)[target]; a negative target is no target."""
     total = (hidden.sum() + weight.sum()) * 0

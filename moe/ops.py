@@ -2,6 +2,7 @@
 
     experts(x, w13, w2, experts, gates)          [N, D] -> [N, D]   routed experts
     attention(q, k, v, scale, segment_ids)       [B, T, H, .]       causal attention, unequal key and value widths
+    rms_norm(x, weight, eps)                     [..., D]           without normalised copies
     linear_cross_entropy(hidden, weight, targets)  -> scalar sum    output head and loss, [N, V] never whole
 
 Each is one custom op with a written-out backward, so torch.compile and engines see a single node. Paths: `reference`
@@ -174,6 +175,53 @@ def _attention_grad(ctx, do, dp):
 
 
 _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------- norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., D], [D] -> [..., D]: x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or wider."""
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} ends in another width than weight {tuple(weight.shape)}")
+    if selected() == "reference":
+        return reference.rms_norm(x, weight, eps)
+    if x.device.type == "cpu":  # the library's own takes five passes and keeps two fp32 copies there
+        return _rms_norm(x, weight, eps)[0]
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@torch.library.custom_op("moe::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return eager.rms_norm_forward(x, weight, eps)
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+
+
+@torch.library.custom_op("moe::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return eager.rms_norm_backward(dy, x, weight, r)
+
+
+@_rms_norm_backward.register_fake
+def _(dy, x, weight, r):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _rms_norm_grad(ctx, dy, dr):
+    dx, dw = _rms_norm_backward(dy, *ctx.saved_tensors)
+    return dx, dw, None
+
+
+_rms_norm.register_autograd(_rms_norm_grad, setup_context=_rms_norm_setup)
 
 
 # ------------------------------------------------------------------------------------------------------ head with loss

@@ -5,8 +5,9 @@
     P(t_{i+k+1}) = head(norm(h^k_i))                                       embedding and head are the main model's
 
 The embedding comes first, as the released weights want it (the paper's equation 21 prints the hidden state first). The
-first depth reads the main model's state after its final norm, deeper ones the block's output before `norm`: what
-transformers and Megatron-LM do; DeepSeek does not tell.
+first depth reads the main model's state after its final norm, as transformers and Megatron-LM do. Deeper ones read the
+block's output h^{k-1} before `norm`, as equation 21 is written; transformers recycles it after `norm`. DeepSeek tells
+neither, and releases depth 1 only, where all agree.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2, equations 21-25.
 """
