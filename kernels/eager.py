@@ -137,7 +137,7 @@ def experts_forward(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: 
     width = w2.shape[2]
     order = expert_order(experts, w13.shape[0], _fills(x))
     if x.shape[0] == 0:
-        return torch.zeros_like(x), x.new_empty(order.choice.shape[0], 2 * width)
+        return x.new_zeros(x.shape), x.new_empty(order.choice.shape[0], 2 * width)
     z = rows_by_weight(_gather(x, order), w13.mT, order.ends)
     if z.device.type == "cpu":  # elsewhere the tail stays unwritten, since its size would have to be waited for
         z[int(order.ends[-1]) :].zero_()
@@ -155,7 +155,7 @@ def experts_backward(
     """
     width = w2.shape[2]
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(w13), torch.zeros_like(w2), torch.zeros_like(gates)
+        return x.new_zeros(x.shape), w13.new_zeros(w13.shape), w2.new_zeros(w2.shape), gates.new_zeros(gates.shape)
     order = expert_order(experts, w13.shape[0], _fills(x))
     gate, up = z[:, :width], z[:, width:]
     g = _row_gates(gates, order, x.dtype)
@@ -289,7 +289,7 @@ def linear_cross_entropy_forward(
     n, vocab = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=hidden.device)
-    dh = torch.empty_like(hidden) if with_grad else hidden.new_empty(0)
+    dh = hidden.new_empty(hidden.shape) if with_grad else hidden.new_empty(0)
     dw = torch.zeros(vocab, weight.shape[1], dtype=wide, device=weight.device) if with_grad else weight.new_empty(0)
     for start in range(0, n, chunk):
         h, t = hidden[start : start + chunk], targets[start : start + chunk]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -557,7 +558,7 @@ def _read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
         raise UserError(f"config file {file} is its own ancestor through base:; remove one base: line")
     try:
         with open(path, encoding="utf-8") as handle:
-            content = yaml.safe_load(handle) or {}
+            content = _yaml(handle) or {}
     except FileNotFoundError:
         raise UserError(f"config file {file} does not exist; see recipes/configs for those that come along") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -571,6 +572,18 @@ def _read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
     base = content.pop("base", None)
     parents = _read_yaml(os.path.join(os.path.dirname(path), base), (*seen, path)) if base else []
     return [*parents, _expand_dots(content)]
+
+
+def _yaml(text: Any) -> Any:
+    """YAML in which 1e-3 is a number, as everyone who types it means it (YAML 1.1 reads text)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return yaml.load(text, Loader)  # a SafeLoader: plain values only
 
 
 def _expand_dots(content: dict) -> dict:
@@ -630,9 +643,11 @@ def _check_keys(raw: dict, known: dict[str, Any]) -> None:
     for key, _ in _leaves(raw):
         if key not in known:
             base = key.split(".")[0]
-            same = [k for k in known if k.startswith(base + ".")]
-            tail = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-            hint = nearest(key, same) or (f"; did you mean {tail[0]!r}?" if tail else nearest(key, known))
+            same = {k.split(".")[-1]: k for k in known if k.startswith(base + ".")}
+            elsewhere = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            close = difflib.get_close_matches(key.split(".")[-1], same, n=1, cutoff=0.6)
+            found = elsewhere[:1] or [same[c] for c in close]
+            hint = f"; did you mean {found[0]!r}?" if found else nearest(key, known)
             raise UserError(f"{key} is not a knob{hint} (--help lists them all)")
 
 
@@ -649,15 +664,15 @@ def _parse(key: str, text: str, known: dict[str, Any]) -> Any:
     if str in allowed:
         return text
     try:
-        value = yaml.safe_load(text)
+        value = _yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{key}={text} cannot be read as a value") from None
-    if isinstance(value, str) and (int in allowed or float in allowed or hint is Any):
+    if isinstance(value, str) and float in allowed:
         try:
-            value = float(value)  # YAML 1.1 reads 1e3 as text
+            value = float(value)  # nan and inf, which the range check then refuses by name
         except ValueError:
             pass
-    if isinstance(value, float) and int in allowed and float not in allowed and value == int(value):
+    if isinstance(value, float) and int in allowed and float not in allowed and value.is_integer():
         value = int(value)
     return value
 

@@ -80,7 +80,7 @@ def _experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor)
 
 @_experts.register_fake
 def _(x, w13, w2, experts, gates):
-    return torch.empty_like(x), x.new_empty(eager.order_rows(x, experts.numel(), w13.shape[0]), w13.shape[1])
+    return x.new_empty(x.shape), x.new_empty(eager.order_rows(x, experts.numel(), w13.shape[0]), w13.shape[1])
 
 
 @torch.library.custom_op("moe::experts_backward", mutates_args=())
@@ -92,7 +92,7 @@ def _experts_backward(
 
 @_experts_backward.register_fake
 def _(dy, x, w13, w2, experts, gates, z):
-    return torch.empty_like(x), torch.empty_like(w13), torch.empty_like(w2), torch.empty_like(gates)
+    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, gates))
 
 
 def _experts_setup(ctx, inputs, output):
@@ -149,7 +149,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tenso
 def _(q, k, v, scale, segment_ids):
     b, t, h, _ = q.shape
     pairs = sum((min(s + eager.BLOCK, t) - s) * min(s + eager.BLOCK, t) for s in range(0, t, eager.BLOCK))
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device), q.new_empty(b * h * pairs)
+    return v.new_empty(v.shape), q.new_empty(b * h * pairs)
 
 
 @torch.library.custom_op("moe::attention_backward", mutates_args=())
@@ -161,7 +161,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(do, q, k, v, o, p, scale):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -199,7 +199,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @_rms_norm.register_fake
 def _(x, weight, eps):
     wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
 
 
 @torch.library.custom_op("moe::rms_norm_backward", mutates_args=())
@@ -209,7 +209,7 @@ def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tupl
 
 @_rms_norm_backward.register_fake
 def _(dy, x, weight, r):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -256,7 +256,7 @@ def _(hidden, weight, targets, chunk, with_grad):
     total = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     if not with_grad:
         return total, hidden.new_empty(0), weight.new_empty(0)
-    return total, torch.empty_like(hidden), torch.empty_like(weight)
+    return total, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):

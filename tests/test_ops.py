@@ -71,7 +71,8 @@ def test_experts_agree_with_the_loops_in_value_and_every_gradient(agree, case, d
     agree(y, y_exact, what="y", scale=3.0 if n == 1 else 0.0)
     for name, g, e, x in zip(("x", "w13", "w2", "gates"), gradients, gradients_exact, (*inputs[:3], inputs[4])):
         assert g.dtype == x.dtype
-        agree(g, e, what=f"gradient of {name}", scale=3.0 if n == 1 else 0.0)
+        loose = 3e-2 if dtype is BF16 and name == "gates" else None  # a product of two roundings
+        agree(g, e, loose, f"gradient of {name}", scale=3.0 if n == 1 else 0.0)
 
 
 def test_fast_grouped_products_are_what_the_table_above_exercises():
@@ -200,7 +201,7 @@ def test_attention_agrees_with_the_loops_in_value_and_every_gradient(agree, pack
     agree(o, o_exact, what="o")
     for name, g, e in zip("qkv", gradients, exact):
         if e.abs().max() > 1e-12:  # one position: softmax of one score has no gradient
-            agree(g, e, 3e-2 if dtype is BF16 else None, f"gradient of {name}")
+            agree(g, e, *((3e-2, f"gradient of {name}", 1.0) if dtype is BF16 else (None, f"gradient of {name}")))
         else:
             assert g.abs().max() < 1e-6
 
@@ -360,7 +361,6 @@ def test_every_op_is_well_formed_for_autograd_and_compilers(dtype):
         torch.library.opcheck(torch.ops.moe.linear_cross_entropy.default, inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="the fake versions promise the strides of their inputs, the ops return rows")
 @pytest.mark.parametrize("op", ["experts", "linear_cross_entropy"])
 def test_compilers_are_told_the_layout_of_results_for_inputs_of_any_layout(op):
     transposed = torch.randn(8, 6, dtype=F64).t().requires_grad_()
