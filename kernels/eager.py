@@ -272,7 +272,7 @@ def attention_backward(
         ds.sub_(delta[:, start:end]).mul_(s).mul_(scale)
         dq[:, start:end] = torch.bmm(ds, k[:, :end])
         dk[:, :end] += torch.bmm(ds.transpose(1, 2), q[:, start:end])
-    return tuple(_heads_last(x, batch, heads) for x in (dq, dk, dv))
+    return _heads_last(dq, batch, heads), _heads_last(dk, batch, heads), _heads_last(dv, batch, heads)
 
 
 # ------------------------------------------------------------------------------------------------------ head with loss

@@ -41,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
             seen = [j for j in range(t + 1) if segment_ids is None or segment_ids[b, j] == segment_ids[b, t]]
             for h in range(heads):
                 p = torch.softmax(torch.stack([q[b, t, h] @ k[b, j, h] for j in seen]) * scale, 0)
-                rows.append(sum(p[i] * v[b, j, h] for i, j in enumerate(seen)))
+                rows.append(torch.stack([p[i] * v[b, j, h] for i, j in enumerate(seen)]).sum(0))
     return torch.stack(rows).view(batch, time, heads, v.shape[-1])
 
 

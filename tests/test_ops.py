@@ -201,7 +201,8 @@ def test_attention_agrees_with_the_loops_in_value_and_every_gradient(agree, pack
     agree(o, o_exact, what="o")
     for name, g, e in zip("qkv", gradients, exact):
         if e.abs().max() > 1e-12:  # one position: softmax of one score has no gradient
-            agree(g, e, *((3e-2, f"gradient of {name}", 1.0) if dtype is BF16 else (None, f"gradient of {name}")))
+            natural = {F64: 0.0, F32: 0.1, BF16: 1.0}[dtype]  # short segments leave almost nothing of it
+            agree(g, e, 3e-2 if dtype is BF16 else None, f"gradient of {name}", natural)
         else:
             assert g.abs().max() < 1e-6
 

@@ -39,7 +39,7 @@ OPTIONAL = ["rms_norm_eps", "tie_word_embeddings", "initializer_range", "num_nex
 SAID = [*NEEDED, *NEEDED_WITH_EXPERTS, *OPTIONAL, "rope_theta", "rope_scaling"]
 FEWER = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}  # what null or 0 means there
 
-FIXED = {  # key: (the values we compute, what to do about others)
+FIXED: dict[str, tuple[list, str]] = {  # key: (the values we compute, what to do about others)
     "scoring_func": (["sigmoid"], "only sigmoid routers (DeepSeek-V3, not V2) can be loaded"),
     "topk_method": (["noaux_tc"], "only DeepSeek-V3's bias-steered choice (noaux_tc) can be loaded"),
     "hidden_act": (["silu"], "only SwiGLU feed-forwards can be loaded"),
@@ -276,8 +276,8 @@ def _fp8_block(values: dict[str, Any], file: Path) -> tuple[int, int] | None:
 def typed(shown: str, key: str, value: Any) -> Any:
     """`value` if it has the type of the knob `key` of ModelConfig; integers become floats where those are due."""
     hint = typing.get_type_hints(ModelConfig)[key]
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(k) or k for k in kinds]
+    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(k) or k for k in union]
     if typing.Any in kinds or type(value) in kinds:
         return value
     if float in kinds and type(value) is int:

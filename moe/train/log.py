@@ -41,7 +41,8 @@ class Metrics:
     """Appends to metrics.jsonl, one object a line and step; the first `write` drops what stands from its step on."""
 
     def __init__(self, path: str | Path):
-        self.path, self._file, self._last = Path(path), None, 0
+        self.path, self._last = Path(path), 0
+        self._file: Any = None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, flushed. Tensors of one element become numbers; what is not finite becomes null and is listed."""
@@ -123,7 +124,9 @@ class Console:
     def __init__(self, steps: int, every: int = 10):
         self.steps, self.every = steps, every
         self._first: tuple[int, float] | None = None
-        self._drawn, self._bar, self._task = 0.0, None, None
+        self._drawn = 0.0
+        self._bar: Any = None
+        self._task: Any = None
         self._on = is_leader()
         self._terminal = self._on and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 

@@ -19,8 +19,8 @@ from moe.inference.decoding import generate
 from moe.interop.hf import to_hf
 from moe.model import Transformer
 from moe.parallel import Ranks, cores
-from moe.train.log import is_leader, read_metrics
 from moe.train.evaluate import evaluate
+from moe.train.log import is_leader, read_metrics
 from moe.train.run_folder import replace
 from moe.train.trainer import Trainer
 
