@@ -185,17 +185,17 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     """-> (x / rms(x) * weight, 1 / rms(x) [..., 1] in fp32 or wider). Keeps no normalised copy for the backward pass."""
     wide = torch.promote_types(x.dtype, torch.float32)
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * r).mul_(weight).to(x.dtype), r
+    return (x * r).mul_(weight).to(x.dtype).contiguous(), r.contiguous()
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight: dx = r (dy w - xhat mean(dy w xhat))."""
     width = x.shape[-1]
-    xhat = (x * r).view(-1, width)
+    xhat = (x * r).reshape(-1, width)
     g = dy.reshape(-1, width) * xhat
     dw = g.sum(0)
     mean = torch.mv(g, weight.to(g.dtype)).div_(width).unsqueeze(1)
-    dx = (dy.reshape(-1, width) * weight.to(g.dtype)).sub_(xhat.mul_(mean)).mul_(r.view(-1, 1))
+    dx = (dy.reshape(-1, width) * weight.to(g.dtype)).sub_(xhat.mul_(mean)).mul_(r.reshape(-1, 1))
     return dx.view(x.shape).to(x.dtype), dw.to(weight.dtype)
 
 

@@ -265,7 +265,7 @@ def _linear_cross_entropy_setup(ctx, inputs, output):
 
 def _linear_cross_entropy_grad(ctx, g, *_):
     dh, dw = ctx.saved_tensors
-    return dh * g.to(dh.dtype), dw * g.to(dw.dtype), None, None, None
+    return dh * g, dw * g, None, None, None  # g is a scalar and keeps its fp32 value
 
 
 _linear_cross_entropy.register_autograd(_linear_cross_entropy_grad, setup_context=_linear_cross_entropy_setup)

@@ -254,6 +254,56 @@ def test_attention_over_nothing_is_nothing(batch, time):
     assert o.shape == (batch, time, 2, 3) and q.grad.shape == q.shape
 
 
+# ---------------------------------------------------------------------------------------------------------------- norm
+
+
+def norm_inputs(layout, dtype):
+    match layout:
+        case "vector":
+            x = torch.randn(5)
+        case "split":  # as the latent arrives in MLA: a part of wider rows
+            x = torch.randn(2, 3, 11).split([7, 4], -1)[0]
+        case "transposed":
+            x = torch.randn(3, 2, 8).transpose(0, 1)
+        case "columns":
+            x = torch.randn(6, 4).t()
+        case "nothing":
+            x = torch.randn(0, 4)
+        case _:
+            x = torch.randn(2, 3, 64) * 50
+    return x.to(dtype), (1 + 0.3 * torch.randn(x.shape[-1])).to(dtype)
+
+
+NORMS = ["vector", "split", "transposed", "columns", "nothing", "large"]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("layout", NORMS)
+def test_norm_agrees_with_its_formula_in_value_and_every_gradient(agree, dtype, layout):
+    x, weight = norm_inputs(layout, dtype)
+    upstream = torch.randn(x.shape).to(dtype)
+    exact, exact_gradients = with_gradients(
+        lambda x, w: reference.rms_norm(x, w, 0.1), (x.double(), weight.double()), upstream, (0, 1)
+    )
+    x.requires_grad_(), weight.requires_grad_()  # the layout stays, unlike in a clone
+    y = ops.rms_norm(x, weight, 0.1)
+    gradients = torch.autograd.grad(y, (x, weight), upstream)
+    assert y.dtype == dtype
+    agree(y, exact, what="y")
+    for name, g, e in zip(("x", "weight"), gradients, exact_gradients):
+        assert g.dtype == dtype
+        agree(g, e, what=f"gradient of {name}", scale=0.02 if layout == "large" else 1.0)
+
+
+@pytest.mark.parametrize("layout", NORMS)
+def test_norm_is_well_formed_for_any_layout(layout):
+    x, weight = norm_inputs(layout, F64)
+    torch.library.opcheck(torch.ops.moe.rms_norm.default, (x.requires_grad_(), weight.requires_grad_(), 1e-6))
+    if layout != "nothing":
+        assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (x, weight))
+        torch.autograd.grad(ops.rms_norm(x, weight, 1e-6).sum(), (x, weight))  # an expanded upstream gradient
+
+
 # ------------------------------------------------------------------------------------------------------ head with loss
 
 
@@ -384,6 +434,7 @@ def test_compilers_are_told_the_layout_of_results_for_inputs_of_any_layout(op):
         (lambda z: ops.experts(z(3, 4), z(2, 8, 4), z(2, 4, 4), z(2, 1).long(), z(2, 1)), ["(2, 1)", "N=3"]),
         (lambda z: ops.attention(z(1, 3, 2, 4), z(1, 3, 2, 5), z(1, 3, 2, 4), 1.0), ["(1, 3, 2, 4)", "(1, 3, 2, 5)"]),
         (lambda z: ops.attention(z(1, 3, 2, 4), z(1, 3, 2, 4), z(1, 4, 2, 4), 1.0), ["(1, 4, 2, 4)"]),
+        (lambda z: ops.rms_norm(z(3, 4), z(3), 1e-6), ["(3, 4)", "(3,)"]),
         (lambda z: ops.linear_cross_entropy(z(3, 4), z(5, 6), z(3).long()), ["(3, 4)", "(5, 6)"]),
         (lambda z: ops.linear_cross_entropy(z(3, 4), z(5, 4), z(2).long()), ["(2,)"]),
     ],
