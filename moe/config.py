@@ -111,15 +111,15 @@ class ModelConfig(Section):
 
     name: str = knob("custom", "name shown in headers and run folders; a preset sets it")
     vocab_size: int = knob(4096, "rows of the embedding and of the output head", ge=2)
-    hidden_size: int = knob(192, "width D of the residual stream", ge=1)
-    num_hidden_layers: int = knob(4, "blocks, MTP modules not counted", ge=1)
+    hidden_size: int = knob(128, "width D of the residual stream", ge=1)
+    num_hidden_layers: int = knob(3, "blocks, MTP modules not counted", ge=1)
     first_k_dense_replace: int = knob(1, "leading blocks with a dense feed-forward instead of experts", ge=0)
-    intermediate_size: int = knob(512, "width of the dense feed-forward", ge=1)
+    intermediate_size: int = knob(352, "width of the dense feed-forward", ge=1)
 
     attention: str = knob("mla", "entry of the ATTENTIONS table")
-    num_attention_heads: int = knob(6, "heads H", ge=1)
-    q_lora_rank: int | None = knob(96, "width of the query latent; null: full-rank queries", ge=1)
-    kv_lora_rank: int = knob(48, "width C of the key-value latent, the part that is cached", ge=1)
+    num_attention_heads: int = knob(4, "heads H", ge=1)
+    q_lora_rank: int | None = knob(64, "width of the query latent; null: full-rank queries", ge=1)
+    kv_lora_rank: int = knob(32, "width C of the key-value latent, the part that is cached", ge=1)
     qk_nope_head_dim: int = knob(32, "width of a head's key part without position", ge=1)
     qk_rope_head_dim: int = knob(16, "width R of the rotary key, shared by all heads; even", ge=2)
     v_head_dim: int = knob(32, "width of a head's value", ge=1)
@@ -208,17 +208,17 @@ class ModelConfig(Section):
     def dense_twin(self) -> ModelConfig:
         """The dense model with this one's depth and attention, and its training FLOPs for a token.
 
-        One feed-forward width for all blocks, chosen so that the multiply-adds of all feed-forwards (routers included,
-        MTP blocks included) are equal up to rounding to a multiple of 8.
+        One feed-forward width for all blocks, chosen so that the multiply-adds of all feed-forwards (routers and MTP
+        blocks included, the latter by their share of rows) are equal up to rounding to a multiple of 8.
         """
         if self.n_routed_experts == 0:
             return self
         d, f = self.hidden_size, self.moe_intermediate_size
-        blocks = self.num_hidden_layers + self.num_nextn_predict_layers
         dense = self.first_k_dense_replace
+        sparse = self.num_hidden_layers - dense + self.num_nextn_predict_layers * self.mtp_rows
         active = 3 * d * f * (self.num_experts_per_tok + self.n_shared_experts) + d * self.n_routed_experts
-        total = dense * 3 * d * self.intermediate_size + (blocks - dense) * active
-        width = max(8, round(total / (3 * d * blocks) / 8) * 8)
+        total = dense * 3 * d * self.intermediate_size + sparse * active
+        width = max(8, round(total / (3 * d * (dense + sparse)) / 8) * 8)
         return dataclasses.replace(
             self, name=f"{self.name}-dense", intermediate_size=width, n_routed_experts=0, first_k_dense_replace=0
         )
@@ -281,6 +281,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         bias_update_speed=[[0, 0.02], [0.33, 0.001], [0.966, 0.001], [0.966, 0]],
         mtp_weight=[[0, 0.3], [0.67, 0.3], [0.67, 0.1]],
+        mtp_rows=0.25,
     ),
     # One 24 GB GPU with its optimizer.
     "small": dict(

@@ -64,7 +64,7 @@ def write(folder, name, text):
         ("model.preset=tinny", ["model.preset='tinny'", "v3-671b", "did you mean 'tiny'"]),
         ("model.dense_twin=maybe", ["model.dense_twin='maybe'", "true or false"]),
         ("model.qk_rope_head_dim=5", ["model.qk_rope_head_dim=5", "even", "try 6"]),
-        ("model.first_k_dense_replace=9", ["model.first_k_dense_replace=9", "num_hidden_layers=4"]),
+        ("model.first_k_dense_replace=9", ["model.first_k_dense_replace=9", "num_hidden_layers=3"]),
         ("model.num_experts_per_tok=1", ["model.num_experts_per_tok=1", "norm_topk_prob", "no gradient"]),
         ("model.n_group=7", ["model.n_group=7", "n_routed_experts=256", "try one of"]),
         ("model.topk_group=9", ["model.topk_group=9", "n_group=8"]),

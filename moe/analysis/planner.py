@@ -22,7 +22,7 @@ FORMULA = (
     "training FLOPs = 3 x forward; forward = 2 x (matmul weights a token meets, embedding lookup excluded, each "
     "use of the head included) + 2 H (d_qk + d_v) (S + 1) / 2 per layer; recomputation is never counted"
 )
-CHUNK = 1024  # rows of logits that exist at a time: ops.linear_cross_entropy
+CHUNK = 512  # rows of logits that exist at a time: ops.linear_cross_entropy
 BLOCK = 128  # query rows of a pass of the CPU attention, which keeps its probabilities: kernels/eager.py
 
 
@@ -66,8 +66,7 @@ class Cache:
 class Memory:
     """Bytes of tensors on one rank while training without sharding. The first four are exact, the others estimates.
 
-    Measured on `tiny`, fp32, 16 rows of 256: 906 MB of tensors at the peak against 908 here, 583 against 593 with
-    activation checkpointing. The process holds more: torch itself, and the allocator's slack (1.35 GB there).
+    The process holds more: torch itself, and the allocator's slack.
     """
 
     weights: int
@@ -180,8 +179,9 @@ def flops(config: ModelConfig, seq_len: int, mtp: bool = True) -> Flops:
     main = sum(weights.values())
     for layer in range(c.num_hidden_layers, c.num_hidden_layers + depths):
         weights["mtp"] += 2 * c.hidden_size**2 + _attention(c) + sum(_ffn(c, layer, active=True).values()) + head
+    weights["mtp"] = round(weights["mtp"] * c.mtp_rows)  # the other rows skip it
     core = 2 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * (seq_len + 1) / 2
-    attention = core * (c.num_hidden_layers + depths)
+    attention = core * (c.num_hidden_layers + depths * c.mtp_rows)
     forward = 2 * sum(weights.values()) + attention
     alone = 2 * main + core * c.num_hidden_layers
     return Flops(seq_len, weights, attention, forward, 3 * forward, 3 * alone)
@@ -219,8 +219,14 @@ def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, fused: bool) -> int
 
 
 def _norm(width: int, b: int, fused: bool) -> int:
-    """RMSNorm keeps input and output; without a fused kernel also the normalised input, both in fp32."""
-    return width * (2 * b if fused else 8 + b)
+    """RMSNorm keeps its input and one number a row; its output is kept by whoever multiplies it. On GPUs nothing else."""
+    return 2 * b * width + (0 if fused else 4)
+
+
+def _fill(c: ModelConfig, tokens: int) -> int:
+    """Rows that bf16 experts on CPUs are filled up with, at most: kernels/eager.py."""
+    choices = tokens * c.num_experts_per_tok
+    return choices // 8 + 15 * min(choices, c.n_routed_experts) + 1
 
 
 def memory(
@@ -241,25 +247,31 @@ def memory(
     tokens, d = rows * seq_len, c.hidden_size
     depths = c.num_nextn_predict_layers if mtp else 0
     blocks = [_saved(c, i, seq_len, b, fused) for i in range(c.num_hidden_layers)]
+    if b == 2 and not fused:  # a share of each token, so that it counts like the rest
+        spare = 2 * b * c.moe_intermediate_size * _fill(c, tokens) / tokens
+        blocks = [size if c.is_dense(i) else size + spare for i, size in enumerate(blocks)]
     ahead = [  # the MTP module is one unit of recomputation; its projection reads two normed states
-        2 * _norm(d, b, fused) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, fused)
+        (2 * _norm(d, b, fused) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, fused)) * c.mtp_rows
         for k in range(depths)
     ]
-    outside = (1 + depths) * _norm(d, b, fused)
+    if b == 2 and not fused and c.n_routed_experts:
+        part = max(1, round(rows * c.mtp_rows)) * seq_len
+        ahead = [size + 2 * b * c.moe_intermediate_size * _fill(c, part) / tokens for size in ahead]
+    outside = (1 + depths * c.mtp_rows) * _norm(d, b, fused)
     if activation_checkpointing:  # every block's input (MTP: state and embedding), and one block made again
         inside = b * d * (len(blocks) + 2 * depths) + max([*blocks, *ahead])
     else:
         inside = sum(blocks) + sum(ahead)
     chunk = min(CHUNK, tokens) * c.vocab_size * (4 if b == 4 else 6)
-    head = chunk + (1 + depths) * b * (tokens + c.vocab_size) * d
+    head = chunk + b * d * ((1 + depths * c.mtp_rows) * tokens + (1 + depths) * c.vocab_size)
     k, f = (c.num_experts_per_tok, c.moe_intermediate_size) if c.n_routed_experts else (1, c.intermediate_size)
     rest = dict(
         weights=b * n,
         master=4 * n if b == 2 else 0,
         gradients=(4 + 2 if b == 2 else 4) * n,  # bf16: a pass's own gradients beside the fp32 sum
         moments=8 * n,
-        activations=tokens * (outside + inside),
-        head=head,
+        activations=round(tokens * (outside + inside)),
+        head=round(head),
         workspace=tokens * b * k * (2 * d + 6 * f),
     )
     return Memory(**rest, total=sum(rest.values()))
