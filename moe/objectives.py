@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe import ops
 from moe.config import UserError, nearest
 from moe.layers.balance import BALANCERS, State
+from moe.layers.routing import Routing
 from moe.model import Transformer
 
 
@@ -40,6 +41,18 @@ def count_targets(tokens: Tensor, segment_ids: Tensor | None = None, mask: Tenso
 def cross_entropy_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """[B, T, D] states, [V, D] head, [B, T] targets (negative: none) -> sum in nats, [N, V] never whole."""
     return ops.linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+
+
+def picked_count(rows: int, share: float) -> int:
+    return max(1, round(rows * share))
+
+
+def evenly_picked(first: int, count: int, rows: int, wanted: int) -> list[int]:
+    """Which of the rows [first, first + count) of a batch of `rows` belong to `wanted` evenly spaced ones; from 0.
+
+    Row order is random, so these stand for all.
+    """
+    return [i for i in range(count) if (first + i + 1) * wanted // rows > (first + i) * wanted // rows]
 
 
 class Losses(NamedTuple):
@@ -69,42 +82,65 @@ class Pretraining(nn.Module):
         segment_ids: Tensor | None,
         mask: Tensor | None,
         divisor: float,
-        row_share: float = 1.0,
+        first_row: int = 0,
+        rows: int | None = None,
         mtp_weight: float = 0.0,
     ) -> Losses:
-        """divisor: targets of the global batch. row_share: this micro-batch's rows over those of the global batch."""
+        """divisor: targets of the global batch; rows: its rows (default: these are all); first_row: where these stand.
+
+        The loss does not depend on how the global batch is cut: `mtp_rows` picks rows by their place in it.
+        """
         model = self.model
-        inputs, segments = tokens[:, :-1], None if segment_ids is None else segment_ids[:, :-1]
-        hidden, routings = model.encode(inputs, segments)
+        rows = tokens.shape[0] if rows is None else rows
+        hidden, routings = model.encode(tokens[:, :-1], None if segment_ids is None else segment_ids[:, :-1])
         targets = targets_ahead(tokens, 1, segment_ids, mask)
         ce = cross_entropy_sum(hidden, model.head.weight, targets)
-        total = ce
         sums = {"loss": ce.detach(), "tokens": (targets >= 0).sum()}
+        total, parts = ce, dict.fromkeys(routings, tokens.shape[0] / rows)  # part of the global mean over sequences
         if self.training and len(model.mtp) and mtp_weight > 0:
-            # The first rows stand for all: row order is random. Scaling up keeps the gradient's expectation.
-            some = max(1, round(tokens.shape[0] * model.config.mtp_rows))
-            part = [None if x is None else x[:some] for x in (tokens, segment_ids, mask)]
-            states, more = model.look_ahead(hidden[:some], inputs[:some], None if segments is None else segments[:some])
-            routings |= more
-            mtp = torch.zeros_like(ce)
-            counted = torch.zeros_like(sums["tokens"])
-            for depth, state in enumerate(states):
-                ahead = targets_ahead(part[0], depth + 2, part[1], part[2])
-                mtp = mtp + cross_entropy_sum(state, model.head.weight, ahead)
-                counted += (ahead >= 0).sum()
-            total = total + mtp * (mtp_weight / len(states) * tokens.shape[0] / some)
-            sums |= {"mtp": mtp.detach(), "mtp_tokens": counted}
+            wanted = picked_count(rows, model.config.mtp_rows)
+            picked = evenly_picked(first_row, tokens.shape[0], rows, wanted)
+            mtp, sums["mtp_tokens"], more = self._look_ahead(hidden, tokens, segment_ids, mask, picked)
+            sums["mtp"] = mtp.detach()
+            total = total + mtp * (mtp_weight / len(model.mtp) * rows / wanted)  # scaled up: all rows' expectation
+            routings, parts = routings | more, parts | dict.fromkeys(more, len(picked) / wanted)
         loss = total / divisor
-        if auxiliary := [value for r in routings.values() for value in r.losses.values()]:
-            balance = torch.stack(auxiliary).sum() * row_share
+        if auxiliary := [value * parts[name] for name, r in routings.items() for value in r.losses.values()]:
+            balance = torch.stack(auxiliary).sum()
             loss = loss + balance
             sums["balance"] = balance.detach()
         with torch.no_grad():
-            states_by_layer = {
+            states = {
                 name: self.balancer.observe(self.balancer.init(r.counts.shape[0], r.counts.device), r)
                 for name, r in routings.items()
             }
-        return Losses(loss, sums, states_by_layer, {name: r.stats for name, r in routings.items()})
+        return Losses(loss, sums, states, {name: r.stats for name, r in routings.items()})
+
+    def _look_ahead(
+        self, hidden: Tensor, tokens: Tensor, segment_ids: Tensor | None, mask: Tensor | None, picked: list[int]
+    ) -> tuple[Tensor, Tensor, dict[str, Routing]]:
+        """MTP over the picked rows: -> (summed loss of all depths, its targets, routings)."""
+        model, valid = self.model, None
+        if not picked:  # all ranks and micro-batches must use the same weights: one row, in which nothing counts
+            picked, valid = [0], torch.zeros_like(tokens[:1], dtype=torch.bool)
+        if len(picked) < tokens.shape[0]:
+            at = torch.tensor(picked, device=tokens.device)
+            hidden, tokens = hidden[at], tokens[at]
+            segment_ids = None if segment_ids is None else segment_ids[at]
+            mask = None if mask is None else mask[at]
+        mask = mask if valid is None else valid
+        states, routings = model.look_ahead(
+            hidden,
+            tokens[:, :-1],
+            None if segment_ids is None else segment_ids[:, :-1],
+            mask=None if valid is None else valid[:, :-1],
+        )
+        loss, counted = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), tokens.new_zeros(())
+        for depth, state in enumerate(states):
+            ahead = targets_ahead(tokens, depth + 2, segment_ids, mask)
+            loss = loss + cross_entropy_sum(state, model.head.weight, ahead)
+            counted = counted + (ahead >= 0).sum()
+        return loss, counted, routings
 
 
 OBJECTIVES = {"pretrain": Pretraining}

@@ -51,10 +51,11 @@ def batch():
 
 def gradients_of(model, objective, pieces, divisor, rows, **options):
     model.zero_grad()
-    outs = []
+    outs, first = [], 0
     for piece in pieces:
-        out = objective(*piece, divisor, row_share=len(piece[0]) / rows, **options)
+        out = objective(*piece, divisor, first_row=first, rows=rows, **options)
         out.loss.backward()
+        first += len(piece[0])
         outs.append(out)
     return outs, {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -77,8 +78,9 @@ def test_main_loss_is_the_mean_over_all_targets(small, agree, batch):
 
 
 @pytest.mark.parametrize("pieces", [[1, 2, 3], [1] * 6])
-def test_micro_batches_add_up_to_the_one_big_batch(small, agree, batch, pieces):
-    model = moe.Transformer(small(seq_aux_alpha=0.3)).double()
+@pytest.mark.parametrize("mtp_rows", [1.0, 0.3])
+def test_micro_batches_add_up_to_the_one_big_batch(small, agree, batch, pieces, mtp_rows):
+    model = moe.Transformer(small(seq_aux_alpha=0.3, mtp_rows=mtp_rows)).double()
     objective, divisor = Pretraining(model), count_targets(*batch).item()
     (whole,), expected = gradients_of(model, objective, [batch], divisor, 6, mtp_weight=0.4)
     split = list(zip(*(x.split(pieces) for x in batch)))
@@ -100,12 +102,12 @@ def test_micro_batches_add_up_to_the_one_big_batch(small, agree, batch, pieces):
 
 def test_loss_is_the_sum_of_its_named_parts(small, agree, batch):
     model = moe.Transformer(small(num_nextn_predict_layers=2, seq_aux_alpha=0.2)).double()
-    out = Pretraining(model)(*batch, 20.0, row_share=0.5, mtp_weight=0.3)
+    out = Pretraining(model)(*batch, 20.0, rows=6, mtp_weight=0.3)
     s = out.sums
     agree(out.loss, s["loss"] / 20 + 0.3 * s["mtp"] / 2 / 20 + s["balance"])
     tokens, segments, _ = batch
     routings = model(tokens[:, :-1], segments[:, :-1]).routings
-    agree(s["balance"], 0.5 * sum(r.losses["seq_aux"] for r in routings.values()))
+    agree(s["balance"], sum(r.losses["seq_aux"] for r in routings.values()))
     assert set(out.balance) == set(out.health) == set(routings)
 
 
@@ -125,8 +127,8 @@ def test_mtp_on_a_share_of_rows_is_scaled_up_and_right_on_average(small, agree, 
     part = moe.Transformer(small(seq_aux_alpha=0.0, mtp_rows=1 / 3)).double()
     part.load_state_dict(full.state_dict())
     whole = Pretraining(full)(*batch, 9.0, mtp_weight=0.3)
-    turns = [Pretraining(part)(*(x.roll(2 * i, 0) for x in batch), 9.0, mtp_weight=0.3) for i in range(3)]
-    first = Pretraining(full)(*(x[:2] for x in batch), 9.0, mtp_weight=0.3)
+    turns = [Pretraining(part)(*(x.roll(i, 0) for x in batch), 9.0, mtp_weight=0.3) for i in range(3)]
+    first = Pretraining(full)(*(x[[2, 5]] for x in batch), 9.0, mtp_weight=0.3)  # every third row
     agree(turns[0].sums["mtp"], first.sums["mtp"])
     assert turns[0].sums["mtp_tokens"] == first.sums["mtp_tokens"] < whole.sums["mtp_tokens"]
     agree(turns[0].loss, whole.sums["loss"] / 9 + 0.3 * 3 * first.sums["mtp"] / 9)

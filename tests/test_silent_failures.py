@@ -368,8 +368,8 @@ def test_mtp_targets_that_are_not_the_papers(caught, small, agree, wrong):
 def test_mtp_that_is_built_but_never_trained(caught, small):
     forward = moe.objectives.Pretraining.forward
 
-    def without(self, tokens, segment_ids, mask, divisor, row_share=1.0, mtp_weight=0.0):
-        return forward(self, tokens, segment_ids, mask, divisor, row_share)
+    def without(self, tokens, segment_ids, mask, divisor, first_row=0, rows=None, mtp_weight=0.0):
+        return forward(self, tokens, segment_ids, mask, divisor, first_row, rows)
 
     caught(
         lambda: real("test_model").test_every_parameter_has_a_gradient_that_is_not_zero(small),

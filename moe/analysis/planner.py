@@ -246,7 +246,7 @@ def memory(
     b = 2 if precision == "bf16" else 4
     tokens, d = rows * seq_len, c.hidden_size
     depths = c.num_nextn_predict_layers if mtp else 0
-    blocks = [_saved(c, i, seq_len, b, fused) for i in range(c.num_hidden_layers)]
+    blocks: list[float] = [_saved(c, i, seq_len, b, fused) for i in range(c.num_hidden_layers)]
     if b == 2 and not fused:  # a share of each token, so that it counts like the rest
         spare = 2 * b * c.moe_intermediate_size * _fill(c, tokens) / tokens
         blocks = [size if c.is_dense(i) else size + spare for i, size in enumerate(blocks)]

@@ -131,11 +131,12 @@ class Trainer:
         ranks.all_reduce([divisor])
         parts = [None if t is None else t.to(ranks.device).split(cfg.train.micro_batch_size) for t in batch]
         totals: dict = {"sums": {"stop": torch.tensor(float(self.stop), device=ranks.device)}}
+        first = ranks.rank * (cfg.rows // ranks.world)
         for i, tokens in enumerate(parts[0]):
             segments, mask = (None if p is None else p[i] for p in parts[1:])
             self._last_batch = (tokens, segments, mask)
             losses = self.engine.forward_backward(
-                tokens, segments, mask, float(divisor), tokens.shape[0] / cfg.rows, mtp_weight
+                tokens, segments, mask, float(divisor), first + i * cfg.train.micro_batch_size, cfg.rows, mtp_weight
             )
             add(totals, {"sums": losses.sums, "balance": losses.balance, "health": losses.health})
         return totals

@@ -37,7 +37,7 @@ def test_a_preset_is_planned(plan):
 
 def test_json_holds_exact_numbers(plan):
     found = json.loads(plan("tiny", "--json", "model.num_hidden_layers=2", "train.precision=bf16"))
-    assert found["cache"]["elements"] == (48 + 16) * 2
+    assert found["cache"]["elements"] == (32 + 16) * 2
     assert found["precision"] == "bf16" and found["memory"]["master"] > 0
     assert found["balance"]["tokens_per_expert"] == 128
 

@@ -30,7 +30,7 @@ def curve():
         generator = torch.Generator().manual_seed(step)
         tokens = (config.vocab_size ** torch.rand(4, 129, generator=generator) - 1).long()
         segments = (torch.arange(129) // 50).expand(4, 129)
-        out = engine.forward_backward(tokens, segments, None, float(count_targets(tokens, segments)), 1.0, 0.3)
+        out = engine.forward_backward(tokens, segments, None, float(count_targets(tokens, segments)), 0, 4, 0.3)
         norm = float(engine.reduce())
         engine.step(3e-3, norm)
         for name, state in out.balance.items():
