@@ -25,7 +25,7 @@ from moe.train.run_folder import replace
 from moe.train.trainer import Trainer
 
 PROMPTS = ["def forward(self, x):\n", "import torch\n", "class Linear(Module):\n"]
-USUAL_MFU = 0.25  # share of the measured ceiling that the default run reaches on CPUs (docs/benchmarks.md)
+USUAL_MFU = 0.14  # share of the measured ceiling that the default run reaches on two cores (docs/benchmarks.md)
 
 
 def say_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def header(trainer: Trainer, peak: ceiling.Peak) -> None:
         "device": f"{device}, {cfg.train.precision}, {ranks.world} rank(s); ceiling {peak.flops / 1e9:,.0f} GFLOP/s "
         f"({peak.source})",
         "work": f"{cfg.train.steps} steps of {cfg.train.batch_tokens:,} tokens, {planner.si(flops, 'FLOP')} a token; "
-        f"about {_duration(seconds)}",
+        f"about {_duration(seconds)} of training, validation apart",
         "folder": str(trainer.folder.path),
     })  # fmt: skip
     floor = trainer.corpus.baselines(trainer.subset)
