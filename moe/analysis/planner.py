@@ -238,8 +238,8 @@ def memory(
     fused: bool = False,
     mtp: bool = True,
 ) -> Memory:
-    """Training memory of one rank that takes `rows` rows a pass. fused: on a GPU, where fused attention and norms keep
-    neither probabilities nor fp32 copies."""
+    """Training memory of one rank that takes `rows` rows a pass. fused: on a GPU, where fused attention keeps no
+    probabilities and experts need no filling."""
     c = config
     count = parameters(c)
     n = count.total + count.mtp

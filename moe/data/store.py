@@ -29,6 +29,7 @@ import numpy as np
 from moe.config import UserError
 from moe.data.sources import Document
 from moe.data.tokenizer import Tokenizer
+from moe.files import replace, sync
 
 FORMAT = 1  # raise when the store's layout or meaning changes: old ones are then simply not found
 
@@ -101,10 +102,10 @@ def _write_store(folder: Path, store: Store) -> Store:
         np.save(temporary / "offsets.npy", store.offsets, allow_pickle=False)
         (temporary / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         _publish(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise _unwritable(folder.parent, error) from None
     finally:
@@ -133,22 +134,12 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old content or the new, never half of either."""
-    temporary = None
+    """A small file of the cache, whole or not there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".building-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        replace(path, text)
     except OSError as error:
         raise _unwritable(path.parent, error) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)  # renamed already, unless something failed
 
 
 def _unwritable(cache: Path, error: OSError) -> UserError:
@@ -184,13 +175,3 @@ def _batches(documents: list[Document], size: int = 4_000_000) -> Iterator[list[
             texts, length = [], 0
     if texts:
         yield texts
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

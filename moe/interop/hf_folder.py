@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import UserError
+from moe.files import sync
 
 EXPORTED = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config)\.json"
@@ -35,8 +36,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for file in sorted(aside.iterdir()):
-            _sync(file)
-        _sync(aside)
+            sync(file)
+        sync(aside)
         _publish(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # before any message: it also frees the space
@@ -114,18 +115,8 @@ def _publish(aside: Path, final: Path) -> None:
         if existed:
             os.rename(old, final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     # also what a killed process left; an old export among it is only now no longer needed
     for left in final.parent.iterdir():
         if left.name.startswith((f".{final.name}.tmp-", f".{final.name}.old-")):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and orders renames by itself
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from moe.config import UserError
+from moe.files import sync
 
 TEMPORARY = ".tmp-"
 # `.old` exists only between the two renames that replace a checkpoint of the same step
@@ -153,8 +154,8 @@ def _write(folder: Path, step: int, shards: dict[str, dict[str, Tensor]], texts:
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         files[name] = _seal(folder / name)
     (folder / "manifest.json").write_bytes(_sealed(json.dumps({"step": step, "files": files}).encode()))
-    _sync(folder / "manifest.json")
-    _sync(folder)
+    sync(folder / "manifest.json")
+    sync(folder)
 
 
 def _sealed(manifest: bytes) -> bytes:
@@ -164,7 +165,7 @@ def _sealed(manifest: bytes) -> bytes:
 
 def _seal(file: Path) -> dict[str, Any]:
     """Make the file durable and describe it. Hashing what can be read back also catches a short write."""
-    _sync(file)
+    sync(file)
     return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 
@@ -176,16 +177,6 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and orders renames by itself
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _publish(temporary: Path, final: Path) -> None:
     if final.exists():  # the same step again: the old one keeps counting until the new one stands
         old = final.with_name(final.name + ".old")
@@ -193,7 +184,7 @@ def _publish(temporary: Path, final: Path) -> None:
             _discard(old)
         os.rename(final, old)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _discard(path: Path) -> None:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import LogConfig, UserError
-from moe.train.run_folder import RunFolder, environment, is_leader, open_run, replace
+from moe.files import replace
+from moe.train.run_folder import RunFolder, environment, is_leader, open_run
 
 __all__ = ["Console", "Metrics", "RunFolder", "Wandb", "entry", "environment", "is_leader", "open_run", "read_metrics"]
 

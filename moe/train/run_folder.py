@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import UserError, differences, to_dict
+from moe.files import replace
 
 PACKAGES = [
     "torch",
@@ -226,13 +227,3 @@ def _note_resumption(path: Path) -> None:
     if diff and diff != ((path / "git.diff").read_text(encoding="utf-8") if (path / "git.diff").exists() else ""):
         replace(path / f"git.resumed-{len(again)}.diff", diff)
     replace(file, json.dumps(first, indent=2) + "\n")
-
-
-def replace(file: Path, text: str) -> None:
-    """The whole new content or the whole old one, also after a crash."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)

@@ -15,13 +15,13 @@ import torch
 
 from moe.analysis import ceiling, chart, planner
 from moe.data import Corpus, sources
+from moe.files import replace
 from moe.inference.decoding import generate
 from moe.interop.hf import to_hf
 from moe.model import Transformer
 from moe.parallel import Ranks, cores
 from moe.train.evaluate import evaluate
 from moe.train.log import is_leader, read_metrics
-from moe.train.run_folder import replace
 from moe.train.trainer import Trainer
 
 PROMPTS = ["def forward(self, x):\n", "import torch\n", "class Linear(Module):\n"]
