@@ -37,6 +37,7 @@ def select(path: str) -> None:
     if path not in PATHS:
         raise UserError(f"train.ops={path!r} is not one of {list(PATHS)}{nearest(path, PATHS)}")
     _selected = path
+    selected()  # a wrong MOE_OPS is told now, not in the first layer
 
 
 def selected() -> str:

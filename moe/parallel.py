@@ -32,6 +32,14 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def check_rows(self, rows: int, seq_len: int) -> None:
+        """Every rank takes as many rows of a step as every other."""
+        if rows % self.world:
+            raise UserError(
+                f"train.batch_tokens: {rows} rows a step cannot be shared equally by {self.world} ranks; "
+                f"set train.batch_tokens to a multiple of {seq_len * self.world}"
+            )
+
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()

@@ -36,12 +36,13 @@ def main() -> None:
     if done := finished(cfg, run_dir):
         return summary.say_finished(run_dir, done)
     with parallel.session(cfg.train) as ranks:
+        ranks.check_rows(cfg.rows, cfg.data.seq_len)
         corpus = prepare(cfg.data, cfg.model.vocab_size, ranks.rank, ranks.barrier, cfg.train.seed)
-        folder = open_run(cfg, run_dir, {"corpus": corpus.card})
         torch.manual_seed(cfg.train.seed)
         model = Transformer(cfg.model)
         objective = OBJECTIVES["pretrain"](model, cfg.model.balance)
         engine = Engine(objective, cfg.optim, cfg.train, ranks)
+        folder = open_run(cfg, run_dir, {"corpus": corpus.card})
         peak = peak_flops(ranks.device, engine.dtype)
         trainer = Trainer(cfg, ranks, folder, corpus, engine, peak.flops)
         summary.header(trainer, peak)

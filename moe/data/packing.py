@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.config import UserError
 from moe.data.store import Store
 
 
@@ -93,11 +92,7 @@ class Rows:
 
     def share(self, rows_seen: int, count: int, rank: int = 0, world: int = 1) -> Batch:
         """Rank's contiguous part of `take(rows_seen, count)`; all ranks get equally many rows."""
-        if count % world:
-            raise UserError(
-                f"train.batch_tokens: {count} rows a step cannot be shared equally by {world} ranks; "
-                f"set train.batch_tokens to a multiple of {self.seq_len * world}"
-            )
+        assert count % world == 0, (count, world)  # parallel.Ranks.check_rows tells the user
         return self.take(rows_seen + rank * (count // world), count // world)
 
     def rows(self, indices: np.ndarray) -> Batch:

@@ -19,7 +19,7 @@ from moe import ops
 from moe.config import OptimConfig, TrainConfig
 from moe.objectives import Losses
 from moe.parallel import Ranks
-from moe.train.optim import adamw
+from moe.train.optim import adamw, learning_rate
 
 
 class Engine:
@@ -27,6 +27,7 @@ class Engine:
 
     def __init__(self, objective: nn.Module, optim: OptimConfig, train: TrainConfig, ranks: Ranks) -> None:
         ops.select(train.ops)
+        learning_rate(optim, 1, train.steps)  # an unknown schedule is told before anything is built
         objective.model.activation_checkpointing = train.activation_checkpointing
         self.objective, self.ranks, self.clip = objective.to(ranks.device), ranks, optim.grad_clip
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32

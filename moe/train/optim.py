@@ -48,7 +48,9 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {"v3": v3, "cosine": cos
 
 
 def learning_rate(c: OptimConfig, step: int, steps: int) -> float:
-    """Rate of optimizer step `step` (from 1) of `steps`: linear warm-up, then the schedule over the whole run."""
+    """Rate of optimizer step `step` (from 1) of `steps`: linear warm-up, then the schedule over the whole run.
+
+    Raises UserError for a schedule that is not in the table."""
     if c.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={c.schedule!r} is not one of {list(SCHEDULES)}{nearest(c.schedule, SCHEDULES)}")
     warmup = c.warmup * steps

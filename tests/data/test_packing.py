@@ -239,11 +239,6 @@ def test_ranks_share_the_same_rows_at_any_world_size(world, rng):
     assert torch.equal(torch.cat([s.segment_ids for s in shares]), want.segment_ids)
 
 
-def test_rows_that_ranks_cannot_share_are_refused():
-    with pytest.raises(UserError, match=r"train.batch_tokens: 10 rows .* 4 ranks; .*multiple of 24"):
-        numbered(700, 6, seed=0).share(0, 10, 1, 4)
-
-
 def test_segments_number_the_documents_of_a_row(rng):
     N, T = 600, 16
     starts = sorted({0, *(rng.randrange(N) for _ in range(60))})

@@ -344,3 +344,29 @@ def test_two_ranks_take_the_steps_of_one(arguments, whole, tmp_path):
     first, second = records(tmp_path / "pair")[0], straight[0]
     assert first["train/grad_norm"] == pytest.approx(second["train/grad_norm"], rel=1e-4)
     assert [first[k] for k in first if "maxvio" in k] == [second[k] for k in first if "maxvio" in k]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("optim.schedule=cosin", "did you mean 'cosine'"),
+        ("model.balance=bais", "did you mean 'bias'"),
+        ("model.attention=mal", "did you mean 'mla'"),
+        ("model.router=topp", "did you mean 'topk'"),
+    ],
+)
+def test_an_unknown_entry_of_a_table_is_told_before_a_folder_is_made(pretrain, capsys, change, words):
+    folder = pretrain("unknown", change)
+    error = capsys.readouterr().err
+    assert pretrain.code == 2 and words in error and len(error.strip().splitlines()) == 1
+    assert not folder.exists()
+
+
+def test_rows_that_ranks_cannot_share_are_refused():
+    from moe.config import UserError
+    from moe.parallel import Ranks
+
+    ranks = Ranks(0, 3, torch.device("cpu"))
+    ranks.check_rows(9, 32)
+    with pytest.raises(UserError, match="8 rows a step cannot be shared equally by 3 ranks.*multiple of 96"):
+        ranks.check_rows(8, 32)
