@@ -21,6 +21,7 @@ import secrets
 import sys
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,8 @@ def _first_line(error: BaseException) -> str:
 def entry(main: Callable[[], None]) -> None:
     """Run a recipe: a `UserError` is one line from rank 0 and exit code 2, Ctrl-C is 130, a bug keeps its traceback."""
     from moe import parallel
+
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no file and line of ours
 
     def guarded() -> None:
         try:

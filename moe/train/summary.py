@@ -46,7 +46,10 @@ def dry_run(cfg: Any, run_dir: str | Path) -> None:
         c.model, c.data.seq_len, c.train.batch_tokens, c.train.micro_batch_size, c.train.precision,
         c.train.activation_checkpointing, fused=cuda, world_size=world,
     )  # fmt: skip
+    with torch.device("meta"):
+        Transformer(c.model)  # unknown attentions and routers are told here too; no memory is taken
     print(planner.table(plan))
+    print("memory counts tensors; Python, torch and what the allocator keeps come on top (`tiny`: 0.3 becomes 1.1 GB)")
     dtype = torch.bfloat16 if c.train.precision == "bf16" else torch.float32
     peak = ceiling.peak_flops("cuda" if cuda else "cpu", dtype, c.train.threads or cores())
     seconds = plan.flops.training * c.train.batch_tokens * c.train.steps / (peak.flops * world * USUAL_MFU)
