@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import moe
-import moe.config
+import moe.config.model
 import moe.layers.attention
 import moe.layers.balance
 import moe.layers.router
 import moe.model
-import moe.objectives
+import moe.objectives.pretraining
 from moe import ops
 from moe.kernels import eager
 from moe.layers.balance import Counting, LossFree
@@ -55,7 +55,7 @@ def test_top_1_with_normalised_gates_leaves_the_router_dead(caught, small):
     """A constant gate: only rounding noise reaches the router. Refused by the configuration; here let through."""
 
     def plant(patch):
-        patch.setattr(moe.config, "check_routing", lambda *a, **k: None)
+        patch.setattr(moe.config.model, "check_routing", lambda *a, **k: None)
         patch.setattr(moe.layers.router, "check_routing", lambda *a, **k: None)
 
     test = real("test_model").test_the_language_loss_alone_trains_every_router
@@ -351,7 +351,7 @@ def test_mtp_fed_its_own_target(caught, small):
     ids=["the token it was fed", "across documents", "masked tokens too"],
 )
 def test_mtp_targets_that_are_not_the_papers(caught, small, agree, wrong):
-    targets = moe.objectives.targets_ahead
+    targets = moe.objectives.pretraining.targets_ahead
 
     def planted(tokens, ahead, segment_ids=None, mask=None):
         if ahead == 1:
@@ -361,7 +361,7 @@ def test_mtp_targets_that_are_not_the_papers(caught, small, agree, wrong):
     torch.manual_seed(0)  # some masked target in every draw
     caught(
         lambda: real("layers/test_mtp").test_mtp_loss_is_the_papers_in_value_and_every_gradient(small, agree, 1, False),
-        lambda patch: patch.setattr(moe.objectives, "targets_ahead", planted),
+        lambda patch: patch.setattr(moe.objectives.pretraining, "targets_ahead", planted),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is minimised: pure functions of states and tokens, and the module that an engine wraps.
+"""Next-token, multi-token and balance losses: pure functions of states and tokens, and the module that an engine wraps.
 
     tokens [B, T+1] int64: position i of the T inputs predicts token i+1 (main loss), i+1+k (MTP depth k)
     segment_ids [B, T+1] or None: a prediction across a document border is no target
@@ -142,5 +142,3 @@ class Pretraining(nn.Module):
             counted = counted + (ahead >= 0).sum()
         return loss, counted, routings
 
-
-OBJECTIVES = {"pretrain": Pretraining}
