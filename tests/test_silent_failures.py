@@ -245,7 +245,7 @@ def test_balance_loss_that_leaks_into_the_validation_loss(caught, small, agree):
     tokens = torch.randint(0, 37, (6, 10))
     batch = tokens, torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool)
     caught(
-        lambda: real("test_objectives").test_evaluation_has_the_main_loss_alone(small, agree, batch),
+        lambda: real("objectives/test_pretraining").test_evaluation_has_the_main_loss_alone(small, agree, batch),
         lambda patch: patch.setattr(Router, "forward", always),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from moe.config.knobs import Section, UserError, knob
 from moe.config.model import ModelConfig
