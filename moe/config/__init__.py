@@ -11,8 +11,11 @@ from moe.config.load import describe, differences, fingerprint, load, resolve, t
 from moe.config.model import PRESETS, ModelConfig, check_rope_scaling, check_routing
 from moe.config.recipes import (
     DataConfig,
+    FinetuneConfig,
     GenerateConfig,
+    GenerateRecipe,
     GrpoConfig,
+    GrpoRecipe,
     LogConfig,
     OptimConfig,
     ParallelConfig,
@@ -24,7 +27,8 @@ from moe.config.recipes import (
 )
 
 __all__ = [
-    "PRESETS", "DataConfig", "GenerateConfig", "GrpoConfig", "LogConfig", "ModelConfig", "OptimConfig",
+    "PRESETS", "DataConfig", "FinetuneConfig", "GenerateConfig", "GenerateRecipe", "GrpoConfig", "GrpoRecipe",
+    "LogConfig", "ModelConfig", "OptimConfig",
     "ParallelConfig", "PretrainConfig", "RunConfig", "Section", "SftConfig", "TaskConfig", "TrainConfig", "UserError",
     "check_rope_scaling", "check_routing", "describe", "differences", "fingerprint", "knob", "load", "nearest",
     "resolve", "to_dict", "value_at",

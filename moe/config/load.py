@@ -1,7 +1,7 @@
 """How one run's configuration is put together, and how two are compared.
 
-Order of authority, weakest first: dataclass default, `model.preset`, parents of the YAML file (`base:`), the file,
-`key=value` on the command line. omegaconf and yaml are loaded only inside the functions that need them.
+Order of authority, weakest first: dataclass default, `model.preset` or the model of `run.init`, parents of the YAML file
+(`base:`), the file, `key=value` on the command line. omegaconf and yaml are loaded only inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -27,11 +28,17 @@ PSEUDO = {  # keys that fill the model section instead of standing in it
 }
 
 
-def load(schema: type, argv: list[str] | None = None, default_file: str | None = None) -> Any:
+InitModel = Callable[[str], dict[str, Any]]
+
+
+def load(
+    schema: type, argv: list[str] | None = None, default_file: str | None = None, init_model: InitModel | None = None
+) -> Any:
     """Resolve one configuration from `config=FILE` and dotted `key=value` arguments; see the module docstring.
 
     `--key=value` is accepted too, `--help` prints every knob and exits, `--dry-run` sets `run.dry_run`. Raises
     `UserError` with one line for a typo (naming the nearest key), a wrong type or an impossible combination.
+    init_model: path of `run.init` -> the model section of what lies there, which then stands in for the preset.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -43,6 +50,7 @@ def load(schema: type, argv: list[str] | None = None, default_file: str | None =
         if text == "dry-run":
             text = "run.dry_run=true"
         key, eq, value = text.partition("=")
+        key = schema.aliases.get(key, key)
         if key in ("local_rank", "local-rank"):  # the deepspeed launcher adds it
             continue
         if not eq or not key:
@@ -57,10 +65,10 @@ def load(schema: type, argv: list[str] | None = None, default_file: str | None =
     types_by_key = _leaf_types(schema)
     for key, value in overrides:
         _merge(raw, _nest(key, _parse(key, value, types_by_key)))
-    return resolve(schema, raw)
+    return resolve(schema, raw, init_model)
 
 
-def resolve(schema: type, raw: dict[str, Any]) -> Any:
+def resolve(schema: type, raw: dict[str, Any], init_model: InitModel | None = None) -> Any:
     """Nested plain values -> a checked instance of `schema`. `raw["model"]` may hold `preset` and `dense_twin`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -75,7 +83,10 @@ def resolve(schema: type, raw: dict[str, Any]) -> Any:
     try:
         structured = OmegaConf.structured(schema)
         if "model" in {f.name for f in fields(schema)}:
-            if preset is not None:
+            init = (raw.get("run") or {}).get("init")
+            if init and init_model:
+                model = {**init_model(init), **model}
+            elif preset is not None:
                 ModelConfig.preset(str(preset))  # an unknown name fails here
                 model = {"name": str(preset), **PRESETS[str(preset)], **model}
             raw["model"] = model
@@ -90,14 +101,19 @@ def resolve(schema: type, raw: dict[str, Any]) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain values; `resolve(type(config), to_dict(config))` gives an equal one."""
     values = dataclasses.asdict(config)
+    for key in config.unused:
+        section, _, name = key.partition(".")
+        del values[section][name]
     if "model" in values:
         values["model"] = {"preset": None, **values["model"]}
     return values
 
 
 def fingerprint(config: Any) -> str:
-    """8 hex digits over everything that can change a run's numbers (not `run.*`, not `log.*`)."""
-    values = {k: v for k, v in to_dict(config).items() if k not in ("run", "log")}
+    """8 hex digits over everything that can change a run's numbers (not `log.*`, of `run.*` only `init`)."""
+    values = to_dict(config)
+    init = (values.pop("run", None) or {}).get("init")
+    values = {k: v for k, v in values.items() if k != "log"} | ({"init": init} if init else {})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -113,14 +129,18 @@ def describe(schema: type, default_file: str | None = None) -> str:
     defaults = load(schema, [], default_file) if default_file else schema()
     lines = ["usage: RECIPE [config=FILE] [key=value ...] [--dry-run] [--help]", ""]
     if default_file:
-        lines += [f"defaults shown are those of {default_file}", ""]
+        lines += [f"defaults shown are those of {default_file}, which config=FILE replaces", ""]
     lines += [f"  {'config=FILE':34s} YAML that says only what differs; `base: other.yaml` names a parent"]
-    for key, (default, meaning) in PSEUDO.items():
+    for short, key in schema.aliases.items():
+        lines.append(f"  {short + '=...':34s} short for {key}")
+    for key, (default, meaning) in PSEUDO.items() if "model" in {f.name for f in fields(schema)} else []:
         lines.append(f"  {key + '=' + _show(default):34s} {meaning}")
     for section in fields(schema):
         values = getattr(defaults, section.name)
         lines += ["", f"{section.name}:"]
         for f in fields(values):
+            if f"{section.name}.{f.name}" in schema.unused:
+                continue
             shown = f"{section.name}.{f.name}={_show(getattr(values, f.name))}"
             choices = f.metadata.get("choices")
             note = f" (one of {', '.join(map(str, choices))})" if choices else ""
@@ -210,9 +230,11 @@ def _leaf_types(schema: type) -> dict[str, Any]:
     for section in fields(schema):
         inner = hints[section.name]
         for f in fields(inner):
-            result[f"{section.name}.{f.name}"] = typing.get_type_hints(inner)[f.name]
-    for key, (default, _) in PSEUDO.items():
-        result[key] = type(default)
+            if f"{section.name}.{f.name}" not in schema.unused:
+                result[f"{section.name}.{f.name}"] = typing.get_type_hints(inner)[f.name]
+    if "model" in hints:
+        for key, (default, _) in PSEUDO.items():
+            result[key] = type(default)
     return result
 
 

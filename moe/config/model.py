@@ -191,6 +191,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         mtp_weight=[[0, 0.3], [0.67, 0.3], [0.67, 0.1]],
         mtp_rows=0.25,
     ),
+    # For tasks in a vocabulary of single characters: fine-tuning and reinforcement learning in minutes on two cores.
+    "tiny-rl": dict(
+        vocab_size=24, num_hidden_layers=2, first_k_dense_replace=0, n_routed_experts=32, num_experts_per_tok=4,
+        n_group=1, topk_group=1, max_position_embeddings=256, num_nextn_predict_layers=0,
+    ),
     # One 24 GB GPU with its optimizer.
     "small": dict(
         vocab_size=8192, hidden_size=512, num_hidden_layers=8, intermediate_size=1408, num_attention_heads=8,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from moe.config.knobs import Section, UserError, knob
 from moe.config.model import ModelConfig
@@ -91,41 +92,6 @@ class RunConfig(Section):
 
 
 @dataclass
-class PretrainConfig(Section):
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        rows = self.train.batch_tokens / self.data.seq_len
-        if rows != int(rows):
-            near = max(1, round(rows)) * self.data.seq_len
-            raise UserError(
-                f"train.batch_tokens={self.train.batch_tokens} must be a multiple of data.seq_len={self.data.seq_len}; "
-                f"try {near}"
-            )
-        if self.data.seq_len > self.model.max_position_embeddings:
-            raise UserError(
-                f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings="
-                f"{self.model.max_position_embeddings}; raise the latter"
-            )
-        if self.data.seq_len < self.model.num_nextn_predict_layers + 2:
-            raise UserError(
-                f"data.seq_len={self.data.seq_len} leaves no target for model.num_nextn_predict_layers="
-                f"{self.model.num_nextn_predict_layers}; raise it"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Rows of one optimizer step over all ranks."""
-        return self.train.batch_tokens // self.data.seq_len
-
-
-@dataclass
 class TaskConfig(Section):
     """An embedded task whose answers can be checked; prompts are a pure function of these values."""
 
@@ -197,3 +163,90 @@ class GenerateConfig(Section):
     samples: int = knob(1, "continuations of the prompt", ge=1)
     chat: bool = knob(False, "wrap the prompt in the chat template of a fine-tuned model")
     precision: str = knob("fp32", "of weights and cache", choices=["fp32", "bf16"])
+
+
+# ------------------------------------------------------------------------------------------------------------- schemas
+
+
+class Recipe(Section):
+    """Base of the schemas. `aliases`: short words of the command line; `unused`: knobs of shared sections that mean
+    nothing here, so that a value for one is refused and none is shown."""
+
+    aliases: ClassVar[dict[str, str]] = {}
+    unused: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass
+class PretrainConfig(Recipe):
+    aliases = {"init": "run.init"}
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        rows = self.train.batch_tokens / self.data.seq_len
+        if rows != int(rows):
+            near = max(1, round(rows)) * self.data.seq_len
+            raise UserError(
+                f"train.batch_tokens={self.train.batch_tokens} must be a multiple of data.seq_len={self.data.seq_len}; "
+                f"try {near}"
+            )
+        if self.data.seq_len > self.model.max_position_embeddings:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} exceeds model.max_position_embeddings="
+                f"{self.model.max_position_embeddings}; raise the latter"
+            )
+        if self.data.seq_len < self.model.num_nextn_predict_layers + 2:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} leaves no target for model.num_nextn_predict_layers="
+                f"{self.model.num_nextn_predict_layers}; raise it"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of one optimizer step over all ranks."""
+        return self.train.batch_tokens // self.data.seq_len
+
+
+@dataclass
+class FinetuneConfig(PretrainConfig):
+    """Supervised fine-tuning: a task's demonstrations, or `data.path`, a .jsonl of messages or prompt and response."""
+
+    unused = frozenset({"data.corpus", "data.text_column", "data.fraction", "data.mask_documents", "train.eval_tokens"})
+
+    sft: SftConfig = field(default_factory=SftConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+
+@dataclass
+class GrpoRecipe(Recipe):
+    """Reinforcement learning on a task whose answers can be checked."""
+
+    aliases = {"init": "run.init"}
+    unused = frozenset({"train.batch_tokens", "train.eval_tokens", "train.compile"})
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class GenerateRecipe(Recipe):
+    aliases = {"run": "run.init", "prompt": "generate.prompt"}
+    unused = frozenset({"run.dir", "run.dry_run"}) | {
+        f"train.{f.name}" for f in fields(TrainConfig) if f.name not in ("device", "threads", "keep_memory", "ops")
+    }
+
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
