@@ -1,7 +1,9 @@
-"""Text to token ids and back: byte-level BPE with DeepSeek's split, trained here or read from any tokenizer.json.
+"""Text to token ids and back: byte-level BPE with DeepSeek's split, trained here or read from any tokenizer.json; or one
+id a character of a small alphabet, for tasks.
 
     ids 0..63      control tokens, spelled as DeepSeek's: BOS 0, EOS 1, padding 2, FIM, roles, <think>, then reserved
     ids 64..319    the 256 bytes            ids 320..    merges
+    characters: BOS 0, EOS 1, padding 2, then the alphabet; other characters are an error, never dropped
 
 Text is never an instruction: a document that contains the letters `<think>` gets the ids of those letters, unless the
 caller asks for control tokens with `allow_special=True` (chat templates). decode(encode(x)) == x for any valid text.
@@ -64,6 +66,8 @@ class Tokenizer:
         self.pad: int = self.eos if pad is None else pad
         self.vocab_size: int = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
         self.fingerprint: str = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.alphabet: str | None = _alphabet(self._plain, set(self.special.values()))
+        self._apart: dict[str, bool] = {}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -93,6 +97,19 @@ class Tokenizer:
         return cls(native.to_str())
 
     @classmethod
+    def characters(cls, alphabet: str) -> Tokenizer:
+        """One id a character, after BOS, EOS and padding: no text is spelled in two ways, and none is joined."""
+        _parallelism()
+        from tokenizers import AddedToken, decoders, models
+        from tokenizers import Tokenizer as Native
+
+        roles = [BOS, EOS, PAD]
+        native = Native(models.BPE({token: i for i, token in enumerate([*roles, *dict.fromkeys(alphabet)])}, []))
+        native.decoder = decoders.Fuse()  # else the library puts spaces between tokens
+        native.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in roles])
+        return cls(native.to_str())
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
         """Read a tokenizer.json, or the one inside a folder."""
         file = Path(path)
@@ -118,10 +135,13 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. Control tokens are recognised only with `allow_special`."""
         native = self._reader if allow_special else self._plain
+        self._check_characters(text, list(self.special.values()) if allow_special else [])
         return native.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many documents, over all cores."""
+        for text in texts:
+            self._check_characters(text, [])
         return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -131,6 +151,27 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """Id of one token by its exact spelling, such as `<think>`."""
         return self._plain.token_to_id(token)
+
+    def keeps_apart(self, alphabet: str) -> bool:
+        """Whether each of these characters is a token of its own, whatever stands next to it."""
+        if alphabet not in self._apart:
+            space = {"Ġ", "▁"} if " " in alphabet else set()  # how byte-level and SentencePiece files spell it
+            letters = {*alphabet, *space}
+            vocab = self._plain.get_vocab(with_added_tokens=True)
+            self._apart[alphabet] = not any(len(token) > 1 and letters.issuperset(token) for token in vocab)
+        return self._apart[alphabet]
+
+    def _check_characters(self, text: str, control: list[str]) -> None:
+        if self.alphabet is None:
+            return
+        for name in control:
+            text = text.replace(name, "")
+        strange = next((c for c in text if c not in self.alphabet), None)
+        if strange is not None:
+            raise UserError(
+                f"data.tokenizer has no token for {strange!r}, only for the characters {self.alphabet!r}; write the "
+                "text in these, or use another tokenizer.json"
+            )
 
     @cached_property
     def _reader(self):
@@ -154,7 +195,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     for token, i in tokenizer._plain.get_vocab(with_added_tokens=True).items():
         if i in tokenizer.special:
             continue
-        if i in tokenizer.added:
+        if i in tokenizer.added or tokenizer.alphabet is not None:
             lengths[i] = len(token.encode())
         elif byte_level:
             lengths[i] = len(token)  # one character of the byte alphabet is one byte
@@ -188,6 +229,14 @@ def _build(text: str, source: str):
     native.no_truncation()  # some files cut at 128 tokens or pad a batch; a corpus wants neither
     native.no_padding()
     return native
+
+
+def _alphabet(native, special: set[str]) -> str | None:
+    """The characters of a tokenizer that gives each an id and has no way to spell others; None for all other files."""
+    tokens = native.get_vocab(with_added_tokens=True).keys() - special
+    if native.pre_tokenizer or native.normalizer or getattr(native.model, "unk_token", None):
+        return None
+    return "".join(sorted(tokens)) if all(len(token) == 1 for token in tokens) else None
 
 
 def _all_control_special(text: str) -> str:

@@ -1,12 +1,13 @@
 """Text survives the tokenizer whatever it holds, text never becomes a control token, foreign files find their roles."""
 
 import json
+import re
 import unicodedata
 
 import pytest
 
 from moe.config import UserError
-from moe.data.tokenizer import BOS, CONTROL, EOS, SMALLEST, Tokenizer, check_fits, token_bytes
+from moe.data.tokenizer import BOS, CONTROL, EOS, PAD, SMALLEST, Tokenizer, check_fits, token_bytes
 
 WORLD = [range(0x20, 0x7F), range(0x80, 0x250), range(0x370, 0x600), range(0x900, 0x980), range(0x3040, 0x3100),
          range(0x4E00, 0x9FA5), range(0xAC00, 0xD7A4), range(0x1F300, 0x1F700), range(0, 0x20), range(0x2000, 0x2070),
@@ -210,3 +211,79 @@ def test_text_is_not_normalised(tokenizer):
     for form in ("NFC", "NFD", "NFKC"):
         text = unicodedata.normalize(form, "Ångström ﬁ ①")
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# ----------------------------------------------------------------------------------------------------------- characters
+
+TASK_LETTERS = "0123456789+-*=;>: ()|"
+
+
+def test_a_character_tokenizer_has_one_id_a_character_after_the_roles(rng):
+    made = Tokenizer.characters(TASK_LETTERS)
+    assert made.vocab_size == 24 and (made.bos, made.eos, made.pad) == (0, 1, 2)
+    assert [made.id(name) for name in (BOS, EOS, PAD)] == [0, 1, 2] and made.id("<｜User｜>") is None
+    assert made.encode(TASK_LETTERS) == list(range(3, 24))
+    assert Tokenizer.characters("aab").vocab_size == 5, "a letter that is named twice has one id"
+    assert Tokenizer.characters("").vocab_size == 3
+
+
+def test_any_text_of_the_alphabet_survives_a_round_trip(rng, tmp_path):
+    letters = "".join({chr(rng.choice(rng.choice(WORLD))) for _ in range(60)} | {"▁", " ", "Ġ", "é", "\n"})
+    made = Tokenizer.characters(letters)
+    made.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == made.fingerprint and loaded.vocab_size == 3 + len(letters)
+    for _ in range(100):
+        text = "".join(rng.choices(letters, k=rng.randint(0, 40)))
+        ids = loaded.encode(text)
+        assert len(ids) == len(text) and loaded.decode(ids) == text and made.encode(text) == ids
+        assert token_bytes(loaded)[ids].sum() == len(text.encode())
+    assert token_bytes(loaded)[:3].sum() == 0
+
+
+@pytest.mark.parametrize("text, strange", [("12a3", "a"), ("é", "é"), ("1\n", "\\n"), (f"1{EOS}", "<"), ("１", "１")])
+def test_a_character_outside_the_alphabet_is_named_and_never_dropped(text, strange):
+    made = Tokenizer.characters(TASK_LETTERS)
+    for encode in (made.encode, lambda t: made.encode_batch(["12", t])):
+        with pytest.raises(UserError, match=f"no token for '{re.escape(strange)}'") as error:
+            encode(text)
+        assert "\n" not in str(error.value)
+
+
+def test_control_tokens_of_a_character_tokenizer_are_read_on_request_alone():
+    made = Tokenizer.characters(TASK_LETTERS)
+    assert made.encode(f"{BOS}1>{EOS}", allow_special=True) == [0, 4, made.id(">"), 1]
+    assert made.decode([0, 4, 1]) == f"{BOS}1{EOS}" and made.decode([0, 4, 1], skip_special=True) == "1"
+    with pytest.raises(UserError, match="no token for 'x'"):
+        made.encode(f"{BOS}x", allow_special=True)
+
+
+def test_transformers_reads_an_exported_character_tokenizer(tmp_path, rng):
+    transformers = pytest.importorskip("transformers")
+    from moe.interop.hf_folder import write_tokenizer
+
+    made = Tokenizer.characters(TASK_LETTERS)
+    write_tokenizer(tmp_path, made, made.vocab_size, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(rng.choices(TASK_LETTERS, k=50))
+    assert theirs.encode(text, add_special_tokens=False) == made.encode(text)
+    assert theirs.decode(made.encode(text)) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+
+
+def test_which_tokenizers_keep_characters_apart(tokenizer):
+    assert Tokenizer.characters(TASK_LETTERS).keeps_apart(TASK_LETTERS)
+    assert Tokenizer.train([], SMALLEST).keeps_apart(TASK_LETTERS) and tokenizer.alphabet is None
+    joins = Tokenizer.train(["12 12 12 ( ( (x) (x)" * 50], 400)
+    assert not joins.keeps_apart("0123456789") and not joins.keeps_apart(" (") and joins.keeps_apart("3456789")
+    assert joins.keeps_apart("("), "a space joined to a sign matters only where spaces are used"
+
+
+def test_a_foreign_file_of_characters_with_an_unknown_token_keeps_it(tmp_path):
+    from tokenizers import Tokenizer as Native
+    from tokenizers import models
+
+    native = Native(models.WordLevel({"</s>": 0, "?": 1, "a": 2}, unk_token="?"))
+    native.add_special_tokens(["</s>"])
+    native.save(str(tmp_path / "t.json"))
+    assert Tokenizer.load(tmp_path / "t.json").encode("b") == [1]
