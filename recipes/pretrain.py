@@ -19,8 +19,8 @@ from moe import Transformer, config, parallel
 from moe.analysis.ceiling import peak_flops
 from moe.data import prepare
 from moe.objectives import OBJECTIVES
+from moe.train import engine as engines
 from moe.train import summary
-from moe.train.engine import Engine
 from moe.train.log import entry
 from moe.train.run_folder import finished, open_run
 from moe.train.trainer import Trainer
@@ -41,8 +41,8 @@ def main() -> None:
         torch.manual_seed(cfg.train.seed)
         model = Transformer(cfg.model)
         objective = OBJECTIVES["pretrain"](model, cfg.model.balance)
-        engine = Engine(objective, cfg.optim, cfg.train, ranks)
-        folder = open_run(cfg, run_dir, {"corpus": corpus.card})
+        engine = engines.build(objective, cfg.optim, cfg.train, ranks)
+        folder = open_run(cfg, run_dir, {"corpus": corpus.card}, corpus.tokenizer.text)
         peak = peak_flops(ranks.device, engine.dtype)
         trainer = Trainer(cfg, ranks, folder, corpus, engine, peak.flops)
         summary.header(trainer, peak)

@@ -3,13 +3,22 @@
     fp32   the parameters are the masters
     bf16   a bf16 working copy computes; fp32 masters, fp32 gradient sums, fp32 moments
 
+    losses = engine.forward_backward(*batch)    for each micro-batch: any objective whose result has `.loss`
+    norm = engine.reduce()                      of the whole gradient, before clipping; the same on every rank
+    applied = engine.step(lr, norm)             clips and updates; nothing at all where the norm is not finite
+
 Gradients of the micro-batches and ranks are summed, never averaged: the objective divides by the targets of the global
-batch, so the loss is token-weighted whatever the layout. A step whose gradient norm is not finite changes nothing.
-Not here: DeepSpeed (ZeRO), later behind this same door.
+batch, so the loss is token-weighted whatever the layout. `state` is one flat format for every engine, ZeRO stage and
+number of ranks, so that a checkpoint of any is resumed by any other.
+
+Not here: ZeRO (zero.py, the same methods over DeepSpeed; one process never needs it).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +26,21 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.config import OptimConfig, TrainConfig
-from moe.objectives import Losses
 from moe.parallel import Ranks
 from moe.train.optim import adamw, learning_rate
 
 
+def build(objective: nn.Module, optim: OptimConfig, train: TrainConfig, ranks: Ranks) -> Engine:
+    """The engine that train.zero_stage asks for; a single process has nobody to share its state with."""
+    if ranks.world == 1 or train.zero_stage == 0:
+        return Engine(objective, optim, train, ranks)
+    from moe.train.zero import Zero
+
+    return Zero(objective, optim, train, ranks)
+
+
 class Engine:
-    """`forward_backward` for each micro-batch, then one `step`."""
+    """`forward_backward` for each micro-batch, then one `reduce` and one `step`."""
 
     def __init__(self, objective: nn.Module, optim: OptimConfig, train: TrainConfig, ranks: Ranks) -> None:
         ops.select(train.ops)
@@ -31,22 +48,25 @@ class Engine:
         objective.model.activation_checkpointing = train.activation_checkpointing
         self.objective, self.ranks, self.clip = objective.to(ranks.device), ranks, optim.grad_clip
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.named = dict(objective.named_parameters())
+        self.named: dict[str, nn.Parameter] = dict(objective.named_parameters())
+        self._build(optim, train)
+
+    def _build(self, optim: OptimConfig, train: TrainConfig) -> None:
         self.parameters: list[Tensor] = list(self.named.values())
         self.masters = self.parameters
-        if train.precision == "bf16":
+        if self.mixed:
             self.masters = [p.detach().float().clone() for p in self.parameters]
-            objective.to(torch.bfloat16)  # router biases stay fp32 (Router._apply)
-            self.parameters = list(objective.parameters())
+            self.objective.to(torch.bfloat16)  # router biases stay fp32 (Router._apply)
+            self.parameters = list(self.objective.parameters())
         self.optimizer = adamw(self.masters, optim)
-        self.forward = torch.compile(objective) if train.compile else objective
+        self.forward = torch.compile(self.objective) if train.compile else self.objective
 
     @property
     def mixed(self) -> bool:
-        return self.masters is not self.parameters
+        return self.dtype != torch.float32
 
-    def forward_backward(self, *batch: Any) -> Losses:
-        """One micro-batch through the objective; its gradients join those of the step."""
+    def forward_backward(self, *batch: Any) -> Any:
+        """One micro-batch through the objective; its gradients join those of the step. -> what the objective gave."""
         losses = self.forward(*batch)
         losses.loss.backward()
         if self.mixed:  # sums in fp32: bf16 would drop small contributions
@@ -61,7 +81,7 @@ class Engine:
         return losses
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """This step's summed gradients by parameter name, before clipping."""
+        """This step's summed gradients by parameter name, between `reduce` and `step`; all ranks call it together."""
         return {n.removeprefix("model."): m.grad for n, m in zip(self.named, self.masters, strict=True)}
 
     @torch.no_grad()
@@ -75,22 +95,34 @@ class Engine:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double())
 
     @torch.no_grad()
-    def step(self, lr: float, norm: float) -> bool:
+    def step(self, lr: float, norm: float | Tensor) -> bool:
         """Clip to the configured norm and update; -> False (and no change) when the norm is not finite."""
-        finite = norm == norm and norm != float("inf")
+        norm = float(norm)
+        finite = math.isfinite(norm)
         if finite:
-            if self.clip and norm > self.clip:
-                torch._foreach_mul_([p.grad for p in self.masters], self.clip / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
-            if self.mixed:
-                torch._foreach_copy_(self.parameters, self.masters)
-        self.optimizer.zero_grad(set_to_none=True)
+            self._update(self.clip / norm if self.clip and norm > self.clip else 1.0)
+        self._drop_gradients()
         return finite
 
+    def _update(self, scale: float) -> None:
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self.masters], scale)
+        self.optimizer.step()
+        if self.mixed:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def state(self) -> dict[str, Tensor]:
-        """Everything a resume needs, flat: model/..., optim/... tensors on the engine's device."""
+        """Everything a resume needs, flat, on rank 0 (others: {}); all ranks call it together.
+
+        model/<name>; optim/<name>/step, exp_avg, exp_avg_sq once a step was taken; optim/<name>/master under bf16.
+        """
+        if not self.ranks.first:
+            return {}
         tensors = {f"model/{k}": v for k, v in self.objective.model.state_dict().items()}
         for name, master in zip(self.named, self.masters, strict=True):
             if self.mixed:
@@ -101,11 +133,26 @@ class Engine:
 
     @torch.no_grad()
     def load(self, model: dict[str, Tensor], optim: dict[str, Tensor]) -> None:
-        """Inverse of `state`, from its two halves with the prefixes taken off; exact."""
+        """Inverse of `state`, from its two halves with the prefixes taken off, on every rank; exact."""
         self.objective.model.load_state_dict(model)
-        for name, master in zip(self.named, self.masters, strict=True):
-            own = {k.removeprefix(f"{name}/"): v for k, v in optim.items() if k.startswith(f"{name}/")}
+        self.optimizer.state.clear()
+        for master, own in zip(self.masters, by_parameter(self.named, optim).values(), strict=True):
             if self.mixed:
                 master.copy_(own.pop("master"))
-            if own:  # AdamW keeps its step counter on the CPU
-                self.optimizer.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in own.items()}
+            if own:
+                self.optimizer.state[master] = {k: v.to(master.device, copy=True) for k, v in own.items()}
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The model with its whole weights on every rank, to read: generation, evaluation, export. All ranks enter
+        and leave together; in between each may do as it likes."""
+        yield self.objective.model
+
+
+def by_parameter(names: Any, optim: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{"a.w/step": t, ...} -> {"a.w": {"step": t, ...}, ...} for every name, empty where nothing was saved."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in optim.items():
+        name, _, what = key.rpartition("/")
+        found[name][what] = value
+    return found

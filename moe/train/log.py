@@ -30,7 +30,7 @@ from moe.config import LogConfig, UserError
 from moe.files import replace
 from moe.train.run_folder import RunFolder, environment, is_leader, open_run
 
-__all__ = ["Console", "Metrics", "RunFolder", "Wandb", "entry", "environment", "is_leader", "open_run", "read_metrics"]
+__all__ = ["accuracies", "Console", "Metrics", "RunFolder", "Wandb", "entry", "environment", "is_leader", "open_run", "read_metrics"]
 
 WANDB_PATIENCE = 15.0  # seconds; wandb alone would wait 100 for a server that is not there
 WANDB_QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}  # the setting `silent` comes after the login
@@ -171,7 +171,9 @@ class Console:
             self._draw(step, now, parts)
         elif step % self.every == 0 or step in (1, self.steps) or step == self._first[0]:
             self.line("  ".join([f"step {step}/{self.steps}", *parts]))
-        if record.get("val/bpb") is not None:
+        if record.get("val/greedy") is not None:
+            self.line(f"step {step}: {accuracies(record)}")
+        elif record.get("val/bpb") is not None:
             self.line(f"step {step}: validation bpb {record['val/bpb']:.4f}, loss {_number(record, 'val/loss', '.4f')}")
 
     def close(self) -> None:
@@ -210,12 +212,25 @@ def _parts(record: dict[str, Any]) -> list[str]:
     shown = [
         ("train/loss", lambda v: f"loss {v:.4f}"),
         ("train/bpb", lambda v: f"bpb {v:.3f}"),
+        ("rl/reward", lambda v: f"reward {v:.3f}"),
+        ("rl/zero_signal", lambda v: f"no signal {v:.0%}"),
+        ("rl/entropy", lambda v: f"entropy {v:.2f}"),
+        ("rl/logp_gap_max", lambda v: f"gap {v:.0e}"),
+        ("rl/flip_rate", lambda v: f"flips {v:.1g}"),
         ("perf/tokens_per_s", lambda v: f"{v / 1e6:.2f}M tok/s" if v >= 1e6 else f"{v / 1e3:.1f}k tok/s"),
         ("moe/maxvio", lambda v: f"maxvio {v:.2f}"),
         ("perf/mfu", lambda v: f"mfu {100 * v:.1f}%"),
         ("train/lr", lambda v: f"lr {v:.1e}"),
     ]
     return [text(record[key]) for key, text in shown if record.get(key) is not None]
+
+
+def accuracies(figures: dict[str, Any]) -> str:
+    """`greedy 31.2 % (se 2.0), pass@1 ...` of every accuracy that has a standard error."""
+    names = [k for k in figures if f"{k}_se" in figures]
+    return ", ".join(
+        f"{k.removeprefix('val/')} {100 * figures[k]:.1f} % (se {100 * figures[f'{k}_se']:.1f})" for k in names
+    )
 
 
 def _number(record: dict[str, Any], key: str, form: str) -> str:

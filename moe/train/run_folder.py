@@ -1,6 +1,7 @@
 """The folder of a run: who started it, with which configuration and code, and whether it may be continued.
 
     run.dir/  config.yaml env.json git.diff     written once; a folder with a config.yaml is complete
+              tokenizer.json                    with it the folder can be generated from
               env.json "resumed"                what was different each time the run was taken up again
               metrics.jsonl wandb_id            log.py
               checkpoints/ plots/ export/       checkpoint.py, analysis/chart.py, interop/hf.py
@@ -37,7 +38,7 @@ PACKAGES = [
     "datasets",
     "transformers",
 ]
-FREE_TO_CHANGE = ("run.", "log.", "train.save_every:", "train.keep_checkpoints:")  # no number of a run depends on these
+FREE_TO_CHANGE = ("run.dir:", "run.dry_run:", "log.", "train.save_every:", "train.keep_checkpoints:")  # no number of a run depends on these
 DIFF_LIMIT = 1_000_000
 
 
@@ -68,10 +69,10 @@ class RunFolder:
         return self.path / "export"
 
 
-def open_run(cfg: Any, dir: str | Path, extra: dict[str, Any] | None = None) -> RunFolder:
+def open_run(cfg: Any, dir: str | Path, extra: dict[str, Any] | None = None, tokenizer: str = "") -> RunFolder:
     """Create the run folder, or reopen it if it belongs to the same configuration and nobody else is writing to it.
 
-    `extra` goes into env.json: fingerprints of corpus and tokenizer, sizes. Raises `UserError` for a folder that
+    `tokenizer`: text of its tokenizer.json. `extra` goes into env.json: fingerprints of corpus and tokenizer, sizes. Raises `UserError` for a folder that
     another configuration started, naming the keys that differ.
     """
     import yaml
@@ -94,6 +95,8 @@ def open_run(cfg: Any, dir: str | Path, extra: dict[str, Any] | None = None) -> 
         replace(path / "env.json", json.dumps({**environment(), **code, **(extra or {})}, indent=2) + "\n")
         if diff:
             replace(path / "git.diff", diff)
+        if tokenizer:
+            replace(path / "tokenizer.json", tokenizer)
         replace(config, text)  # last: a folder with a config.yaml is complete
     except OSError as error:
         raise UserError(
@@ -194,16 +197,22 @@ def finished(cfg: Any, dir: str | Path) -> dict[str, Any] | None:
     return json.loads(summary.read_text(encoding="utf-8"))
 
 
-def _changed(config: Path, new: dict) -> list[str]:
-    """Differences that change a run's numbers between a folder's config.yaml and a new configuration."""
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """The resolved configuration that a run folder was started with, as plain values."""
     import yaml
 
+    file = Path(path) / "config.yaml"
     try:
-        old = yaml.safe_load(config.read_text(encoding="utf-8"))
-        assert isinstance(old, dict)
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert isinstance(values, dict)
+        return values
     except (yaml.YAMLError, UnicodeDecodeError, AssertionError):
-        raise UserError(f"{config} is damaged; restore it or choose another run.dir=...") from None
-    return [line for line in differences(old, new) if not line.startswith(FREE_TO_CHANGE)]
+        raise UserError(f"{file} is damaged; restore it or choose another run.dir=...") from None
+
+
+def _changed(config: Path, new: dict) -> list[str]:
+    """Differences that change a run's numbers between a folder's config.yaml and a new configuration."""
+    return [line for line in differences(saved_config(config.parent), new) if not line.startswith(FREE_TO_CHANGE)]
 
 
 def _check_same(path: Path, config: Path, new: dict) -> None:

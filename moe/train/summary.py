@@ -21,7 +21,7 @@ from moe.interop.hf import to_hf
 from moe.model import Transformer
 from moe.parallel import Ranks, cores
 from moe.train.evaluate import evaluate
-from moe.train.log import is_leader, read_metrics
+from moe.train.log import accuracies, is_leader, read_metrics
 from moe.train.trainer import Trainer
 
 PROMPTS = ["def forward(self, x):\n", "import torch\n", "class Linear(Module):\n"]
@@ -30,9 +30,10 @@ USUAL_MFU = 0.14  # share of the measured ceiling that the default run reaches o
 
 def say_finished(run_dir: str | Path, summary: dict[str, Any]) -> None:
     if is_leader():
+        figures = accuracies(summary) or f"validation {summary['val/bpb']:.4f} bits/byte"
         print(
-            f"{run_dir} is finished: step {summary['step']}, validation {summary['val/bpb']:.4f} bits/byte. "
-            "Nothing to do; train.seed=1 or another run.dir=... starts a new run."
+            f"{run_dir} is finished: step {summary['step']}, {figures}. Nothing to do; "
+            "train.seed=1 or another run.dir=... starts a new run."
         )
 
 
@@ -66,22 +67,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def header(trainer: Trainer, peak: ceiling.Peak) -> None:
-    """One block: what trains on what, where, and for how long."""
-    cfg, model, card = trainer.cfg, trainer.model, trainer.corpus.card
-    c, ranks = cfg.model, trainer.ranks
+def described(model: Transformer) -> str:
+    """`tiny: 256 routed + 1 shared experts, top-8; 7.7 M parameters, 1.1 M active`"""
+    c = model.config
     experts = (
         f"{c.n_routed_experts} routed + {c.n_shared_experts} shared experts, top-{c.num_experts_per_tok}"
         if c.n_routed_experts
         else f"dense, feed-forward width {c.intermediate_size}"
     )
+    total, active = model.num_parameters(), model.num_parameters(active=True)
+    return f"{c.name}: {experts}; {planner.si(total)} parameters, {planner.si(active)} active"
+
+
+def header(trainer: Trainer, peak: ceiling.Peak) -> None:
+    """One block: what trains on what, where, and for how long."""
+    cfg, model, card = trainer.cfg, trainer.model, trainer.corpus.card
+    c, ranks = cfg.model, trainer.ranks
     mtp = model.num_parameters(mtp=True) - model.num_parameters()
     flops = planner.mfu_flops(c, cfg.data.seq_len)
     seconds = flops * cfg.train.batch_tokens * cfg.train.steps / (peak.flops * ranks.world * USUAL_MFU)
     device = f"{torch.get_num_threads()} CPU threads" if ranks.device.type == "cpu" else torch.cuda.get_device_name()
     trainer.console.header({
-        "model": f"{c.name}: {experts}; {planner.si(model.num_parameters())} parameters, "
-        f"{planner.si(model.num_parameters(active=True))} active, MTP {planner.si(mtp)} apart",
+        "model": f"{described(model)}, MTP {planner.si(mtp)} apart",
         "corpus": f"{card['name']} ({card['fingerprint']}), {planner.si(card['tokens']['train'])} training tokens",
         "tokenizer": f"{cfg.data.tokenizer} ({card['tokenizer']}), vocabulary {card['vocab_size']}",
         "device": f"{device}, {cfg.train.precision}, {ranks.world} rank(s); ceiling {peak.flops / 1e9:,.0f} GFLOP/s "
@@ -99,12 +106,13 @@ def header(trainer: Trainer, peak: ceiling.Peak) -> None:
 
 def report(trainer: Trainer, record: dict[str, Any]) -> None:
     """Sample, pictures, export, figures; then summary.json. Rank 0 works, the others wait."""
-    if trainer.ranks.first:
-        _report(trainer, record)
+    with trainer.engine.gathered() as model:
+        if trainer.ranks.first:
+            _report(trainer, model, record)
     trainer.ranks.barrier()
 
 
-def _report(trainer: Trainer, record: dict[str, Any]) -> None:
+def _report(trainer: Trainer, model: Transformer, record: dict[str, Any]) -> None:
     cfg, folder, corpus, console = trainer.cfg, trainer.folder, trainer.corpus, trainer.console
     records = read_metrics(folder.metrics)
     record = record or records[-1]
@@ -114,12 +122,13 @@ def _report(trainer: Trainer, record: dict[str, Any]) -> None:
     chart.loss_curves({cfg.model.name: records}, folder.path / "loss.svg", anchors)
     if trainer.loads:
         chart.expert_heat({k: v.tolist() for k, v in trainer.loads.items()}, folder.path / "experts.svg")
-    text = sample(trainer.model, corpus, cfg.data.path is None)
+    text = sample(model, corpus, cfg.data.path is None)
     replace(folder.path / "sample.txt", text)
     console.line(f"\nsample (temperature 0.7):\n{text}\n")
     if cfg.train.export:
-        to_hf(trainer.model, folder.export, tokenizer=corpus.tokenizer)
-    summary = {k: record[k] for k in ("step", "train/tokens", "perf/seconds", "val/loss", "val/bpb")}
+        to_hf(model, folder.export, tokenizer=corpus.tokenizer)
+    kept = ("step", "train/tokens", "perf/seconds")
+    summary = {k: v for k, v in record.items() if k in kept or k.startswith("val/")}
     summary |= {"unigram_bpb": floor.unigram_bpb, "bigram_bpb": floor.bigram_bpb, "val_tokens": held_out.tokens}
     if cfg.data.path is None:
         summary |= _unseen(trainer)

@@ -1,14 +1,12 @@
-"""The training loop: micro-batches, step, balance, log, evaluate, save; and what happens when something goes wrong.
+"""Training on tokens, pretraining and fine-tuning alike: micro-batches, one step, balance, and the figures of both.
 
-The loop's whole state is the step number: rows seen, tokens, schedules follow from it. A checkpoint also holds weights,
-moments, router biases, random states and the counters of the health check, so a resumed run repeats the uninterrupted
-one bit for bit on one CPU machine. Ctrl-C and SIGTERM finish the step, save and say how to go on.
+Data position, tokens seen and schedules follow from the step number; the state besides it is the counters of the health
+check and the recent load of the experts. Not here: when to log, validate and save (loop.py), the data (data/).
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe.analysis import diagnostics, planner
-from moe.config import PretrainConfig, UserError, to_dict, value_at
+from moe.config import PretrainConfig, value_at
 from moe.data import Corpus
 from moe.layers.balance import State, routers
 from moe.objectives import count_targets
@@ -24,87 +22,37 @@ from moe.parallel import Ranks
 from moe.train import checkpoint
 from moe.train.engine import Engine
 from moe.train.evaluate import Score, evaluate
-from moe.train.log import Console, Metrics, RunFolder, Wandb
+from moe.train.log import RunFolder
+from moe.train.loop import Loop, add, leaves
 from moe.train.optim import learning_rate
 
 
-def add(into: dict, more: dict) -> dict:
-    """Sum nested dictionaries of tensors or numbers, leaf by leaf."""
-    for key, value in more.items():
-        into[key] = add(into.get(key, {}), value) if isinstance(value, dict) else into.get(key, 0) + value
-    return into
-
-
-def leaves(tree: dict) -> list[tuple[dict, str]]:
-    return [leaf for k, v in tree.items() for leaf in (leaves(v) if isinstance(v, dict) else [(tree, k)])]
-
-
-class Trainer:
-    """`fit()` runs to cfg.train.steps, from the newest checkpoint if there is one."""
+class Trainer(Loop):
+    """The loop over a corpus's rows: `cfg.train.batch_tokens` a step, over all ranks."""
 
     def __init__(
         self, cfg: PretrainConfig, ranks: Ranks, folder: RunFolder, corpus: Corpus, engine: Engine, peak_flops: float
     ) -> None:
-        self.cfg, self.ranks, self.folder, self.corpus, self.engine = cfg, ranks, folder, corpus, engine
-        self.objective = engine.objective
-        self.model = self.objective.model
+        super().__init__(cfg, ranks, folder, engine)
+        self.corpus = corpus
         self.routers = routers(self.model)
         self.mfu_a_token = planner.mfu_flops(cfg.model, cfg.data.seq_len) / (peak_flops * ranks.world)
-        self.console = Console(cfg.train.steps, cfg.log.every)
-        self.metrics = Metrics(folder.metrics)
         self.health = diagnostics.HealthCheck(cfg.model)
         self.subset = corpus.evaluation(cfg.train.eval_tokens)
-        self.step, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.loads: dict[str, Tensor] = {}  # tokens of each expert over the last steps, for experts.svg
-        self.stop = False
 
-    # ------------------------------------------------------------------------------------------------------------ run
-
-    def fit(self) -> dict[str, Any]:
-        """-> the last record. Raises UserError when the loss stays non-finite, KeyboardInterrupt once saved."""
-        cfg = self.cfg.train
-        if not self.resume():
-            start = self.evaluate(self.subset)
-            self.console.line(f"before training: validation bpb {start.bpb:.4f}, loss {start.loss:.4f}")
-        self.wandb = Wandb(self.cfg.log, self.folder, to_dict(self.cfg), self.console.warn)
-        handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        record: dict[str, Any] = {}
-        try:
-            with self.console:
-                while self.step < cfg.steps:
-                    record = self.train_step()
-                    last = self.step == cfg.steps
-                    if last or (cfg.eval_every and self.step % cfg.eval_every == 0):
-                        score = self.evaluate(self.corpus.evaluation() if last else self.subset)
-                        record |= {"val/loss": score.loss, "val/bpb": score.bpb}
-                    self.metrics.write(record)
-                    self.wandb.log(record)
-                    self.console.step(record)
-                    if last or self.stop or (cfg.save_every and self.step % cfg.save_every == 0):
-                        self.save()
-                    if self.stop and not last:
-                        raise KeyboardInterrupt
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-            self.metrics.close()
-            self.wandb.finish()
-        return record
+    def validate(self, last: bool) -> dict[str, Any]:
+        return self.evaluate(self.corpus.evaluation() if last else self.subset).record()
 
     def evaluate(self, held_out) -> Score:
-        return evaluate(self.objective, held_out, self.cfg.train.micro_batch_size, self.ranks)
-
-    def _ask_to_stop(self, *_: object) -> None:
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-        self.console.line("stopping after this step (again: at once)")
+        with self.engine.gathered():
+            return evaluate(self.objective, held_out, self.cfg.train.micro_batch_size, self.ranks)
 
     # ----------------------------------------------------------------------------------------------------------- step
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; -> its record."""
-        cfg, began, self.step = self.cfg, time.perf_counter(), self.step + 1
+        cfg, began = self.cfg, time.perf_counter()
         progress = (self.step - 1) / cfg.train.steps
         lr = learning_rate(cfg.optim, self.step, cfg.train.steps)
         totals = self._accumulate(value_at(cfg.model.mtp_weight, progress))
@@ -112,13 +60,13 @@ class Trainer:
         self._reduce(totals)
         figures = torch.stack([norm, *(t.double() for t in totals["sums"].values())]).tolist()
         sums = dict(zip(totals["sums"], figures[1:], strict=True))
-        self.stop = self.stop or sums["stop"] > 0
+        self.agree_to_stop(sums["stop"])
         sound = math.isfinite(figures[0]) and math.isfinite(sums["loss"])
         if sound and cfg.train.health_check:
             self._check_health(sums, totals)
         if self.engine.step(lr, figures[0] if sound else math.nan):
             self._balance(totals["balance"], value_at(cfg.model.bias_update_speed, progress))
-        self._count_bad(sound)
+        self.count_bad(sound)
         elapsed = time.perf_counter() - began
         self.seconds += elapsed
         return self._record(sums, totals, figures[0], lr, elapsed)
@@ -159,27 +107,16 @@ class Trainer:
         main = sums["loss"] / max(sums["tokens"], 1)
         told = check.first_loss(main) if self.step == 1 else []
         if self.step in (1, 100):
-            told += check.gradients(self.model, counts, "mtp" in sums, grads=self.engine.gradients())
-            told += check.language_gradients(diagnostics.router_language_gradients(self.objective, *self._last_batch))
+            grads = self.engine.gradients()
+            with self.engine.gathered():
+                told += check.gradients(self.model, counts, "mtp" in sums, grads=grads)
+                told += check.language_gradients(diagnostics.router_language_gradients(self.objective, *self._last_batch))
         if self.step % self.cfg.log.every == 0:
             told += check.idle()
             if "mtp" in sums:
                 told += check.mtp_ratio(sums["mtp"] / max(sums["mtp_tokens"], 1), main, self.step)
         for message in told:
             self.console.warn(message)
-
-    def _count_bad(self, sound: bool) -> None:
-        self.bad = 0 if sound else self.bad + 1
-        self.skipped += not sound
-        if not sound:
-            self.console.warn(f"step {self.step}: loss or gradient is not finite; step skipped ({self.bad} in a row)")
-        if self.bad >= self.cfg.train.max_bad_steps:
-            good = checkpoint.load_latest(self.folder.checkpoints, self.console.warn)
-            where = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written yet"
-            raise UserError(
-                f"{self.bad} steps in a row had a non-finite loss or gradient (train.max_bad_steps="
-                f"{self.cfg.train.max_bad_steps}); {where}; lower optim.lr and start in a new run.dir"
-            )
 
     def _record(self, sums: dict, totals: dict, norm: float, lr: float, elapsed: float) -> dict[str, Any]:
         tokens = max(sums["tokens"], 1)
@@ -213,32 +150,12 @@ class Trainer:
     def bytes_per_token(self) -> float:
         return self.subset.bytes / max(self.subset.tokens, 1)
 
-    # ----------------------------------------------------------------------------------------------------- checkpoints
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"loads/{k}": v for k, v in self.loads.items()}
+        tensors |= {f"idle/{k}": v for k, v in self.health.idle_steps.items()}
+        return tensors, {"ratios": list(self.health.ratios)}
 
-    def save(self) -> None:
-        if self.ranks.first:
-            self.metrics.sync()
-            tensors = self.engine.state()
-            tensors |= {f"rng/{k}": v for k, v in checkpoint.rng_state().items()}
-            tensors |= {f"loads/{k}": v for k, v in self.loads.items()}
-            tensors |= {f"idle/{k}": v for k, v in self.health.idle_steps.items()}
-            state = {"seconds": self.seconds, "bad": self.bad, "skipped": self.skipped, "ratios": list(self.health.ratios)}
-            checkpoint.save(
-                self.folder.checkpoints, self.step, tensors, state, self.cfg.train.keep_checkpoints, warn=self.console.warn
-            )
-        self.ranks.barrier()
-
-    def resume(self) -> bool:
-        found = checkpoint.load_latest(self.folder.checkpoints, self.console.warn)
-        if found is None:
-            return False
-        self.engine.load(found.tensors("model"), found.tensors("optim"))
+    def restore(self, found: checkpoint.Checkpoint) -> None:
         self.loads = {k: v.to(self.ranks.device) for k, v in found.tensors("loads").items()}
         self.health.idle_steps = {k: v.to(self.ranks.device) for k, v in found.tensors("idle").items()}
         self.health.ratios.extend(found.state["ratios"])
-        checkpoint.set_rng_state(found.tensors("rng"))
-        self.step, self.seconds = found.step, found.state["seconds"]
-        self.bad, self.skipped = found.state["bad"], found.state["skipped"]
-        self.metrics.truncate(self.step)
-        self.console.line(f"resuming after step {self.step} from {found.path}")
-        return True
