@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-all lint types clean
+.PHONY: help setup pretrain sft grpo generate ablate test test-all lint types clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -37,6 +37,18 @@ setup: $(READY) ## build .venv with the tested versions (constraints.txt)
 
 pretrain: $(READY) ## train the tiny default here: minutes on two cores, no account, no further download
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/pretrain.py $(ARGS)
+
+sft: $(READY) ## fine-tune: tiny-rl learns to sort digits from 300 demonstrations
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/sft.py $(ARGS)
+
+grpo: $(READY) ## reinforcement learning: a gated cold start, then GRPO on sorting
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/grpo.py $(ARGS)
+
+generate: $(READY) ## text out of a model: ARGS='run=runs/... prompt="..."'
+	$(BIN)/python recipes/generate.py $(ARGS)
+
+ablate: $(READY) ## a study with seeds, a table and pictures: ARGS="config=recipes/ablations/balance.yaml"
+	$(BIN)/python recipes/ablate.py $(ARGS)
 
 test: $(READY) ## the tests of a working day
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -1,4 +1,5 @@
-"""The few plots: loss against tokens and time, load of every expert, imbalance over steps. Input: records, output: SVG.
+"""The few plots: loss against tokens and time, load of every expert, imbalance over steps, any figure over seeds.
+Input: records, output: SVG.
 
     records   list of dicts, the lines of a metrics.jsonl (train/log.py reads them); a missing or null figure is a gap
     history   {layer: counts [E]}: tokens that each expert of a layer received
@@ -113,6 +114,63 @@ def maxvio_curves(records: list[dict[str, Any]], path: str | Path) -> Path:
     return Path(path)
 
 
+def accuracy_curves(runs: dict[str, list[dict]], path: str | Path) -> Path:
+    """Held-out accuracies against training time: greedy, pass@1, pass@k, a band of one standard error around each."""
+    with _figure(path, 7.5, 4.0) as (axis,):
+        for number, (name, records) in enumerate(runs.items()):
+            keys = dict.fromkeys(k for r in records for k in r if k.startswith("val/") and f"{k}_se" in r)
+            for shade, key in enumerate(keys):
+                x, y = _series(records, "perf/seconds", key)
+                _, e = _series(records, "perf/seconds", f"{key}_se")
+                colour = COLOURS[(number + shade) % len(COLOURS)]
+                label = f"{name} {key.removeprefix('val/')}"
+                axis.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+                low, high = zip(*((a - b, a + b) for a, b in zip(y, e, strict=True))) if y else ((), ())
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="training time (s)", ylabel="share of problems solved", title="held-out accuracy", ylim=(0, 1))
+        axis.legend(loc="lower right")
+    return Path(path)
+
+
+def seed_bands(
+    arms: dict[str, list[list[dict[str, Any]]]],
+    key: str,
+    path: str | Path,
+    title: str,
+    log: bool = False,
+    levels: dict[str, float] | None = None,
+) -> Path:
+    """Figure `key` against tokens, for each arm the mean over its runs and a band from lowest to highest of them.
+
+    Many steps are averaged in 60 equal parts first. `levels` are drawn as dashed lines with their names.
+    """
+    with _figure(path, 5.4, 3.9) as (axis,):
+        for number, (name, runs) in enumerate(arms.items()):
+            curves = [_binned(*_series(records, "train/tokens", key), 60) for records in runs]
+            points = min((len(y) for _, y in curves), default=0)
+            if not points:
+                continue
+            x, columns = curves[0][0][:points], list(zip(*(y[:points] for _, y in curves)))
+            colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+            few = "o" if points <= 20 else None
+            mean = [sum(column) / len(column) for column in columns]
+            axis.plot(x, mean, color=colour, linestyle=dash, linewidth=1.6, marker=few, markersize=3.5, label=name)
+            low, high = [min(column) for column in columns], [max(column) for column in columns]
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        for name, value in (levels or {}).items():
+            axis.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            axis.annotate(f"{name} {value:.2g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2),
+                          textcoords="offset points", ha="right", fontsize=9, color=GREY)  # fmt: skip
+        if log:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        axis.set(xlabel="training tokens", title=title)
+        axis.xaxis.set_major_formatter(lambda value, _: _count(value))
+        axis.figure.legend(*axis.get_legend_handles_labels(), ncols=3, loc="outside lower center")
+    return Path(path)
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -161,6 +219,15 @@ def _series(records: list[dict[str, Any]], x: str, y: str, scale: float = 1) -> 
     pairs = [(r[x] / scale, r[y]) for r in records if r.get(x) is not None and r.get(y) is not None]
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _binned(x: list[float], y: list[float], parts: int) -> tuple[list[float], list[float]]:
+    """Means over `parts` runs of neighbours of (nearly) equal length; fewer points stay as they are."""
+    if len(x) <= 2 * parts:
+        return x, y
+    edges = [len(x) * i // parts for i in range(parts + 1)]
+    cuts = list(zip(edges, edges[1:]))
+    return [sum(x[a:b]) / (b - a) for a, b in cuts], [sum(y[a:b]) / (b - a) for a, b in cuts]
 
 
 def _relative(counts: Sequence[float]) -> list[float]:

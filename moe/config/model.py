@@ -51,7 +51,10 @@ class ModelConfig(Section):
     norm_topk_prob: bool = knob(True, "gates of the chosen experts sum to one before scaling")
     routed_scaling_factor: float = knob(2.5, "factor on the gates after normalisation", gt=0)
 
-    balance: str = knob("bias", "entry of the BALANCERS table: bias (V3's auxiliary-loss-free rule) or none")
+    balance: str = knob(
+        "bias", "entry of the BALANCERS table: bias (V3's auxiliary-loss-free rule), aux (batch-wise loss) or none"
+    )
+    aux_alpha: float = knob(1e-3, "weight of the batch-wise balance loss of model.balance=aux", ge=0)
     bias_update_speed: Any = knob(0.001, "step of the router bias (gamma); number or [[progress, value], ...]")
     seq_aux_alpha: float = knob(1e-4, "weight of the sequence-wise balance loss; 0 switches it off", ge=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from moe.config.knobs import Section, UserError, knob
@@ -127,7 +127,7 @@ class GrpoConfig(Section):
     prompts: int = knob(64, "prompts of one rollout batch, over all ranks", ge=1)
     group_size: int = knob(8, "answers sampled for each prompt", ge=2)
     updates: int = knob(2, "optimizer steps (minibatches) for each rollout batch", ge=1)
-    max_new_tokens: int = knob(16, "longest answer in tokens", ge=1)
+    max_new_tokens: int | None = knob(None, "longest answer in tokens; null: a quarter more than any needs", ge=1)
     temperature: float = knob(1.0, "of sampling and of the trained distribution alike", gt=0)
     reward: str = knob("exact", "entry of the REWARDS table")
     reward_timeout: float = knob(10.0, "seconds a reward may take for one answer; then it counts as 0", gt=0)
@@ -147,7 +147,7 @@ class GrpoConfig(Section):
     eval_samples: int = knob(8, "answers for each of half the held-out problems, for pass@1 and pass@k", ge=1)
     show: int = knob(3, "prompts shown with answers and rewards at each evaluation", ge=0)
     cold_start: float = knob(
-        0.25, "without run.init: fine-tune on demonstrations until pass@1 reaches this", ge=0, le=1
+        0.25, "without run.init: first fine-tune until pass@1 reaches this; 0: start from random weights", ge=0, le=1
     )
 
 
@@ -238,6 +238,9 @@ class GrpoRecipe(Recipe):
     task: TaskConfig = field(default_factory=TaskConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        self.model = replace(self.model, num_nextn_predict_layers=0)  # MTP takes no part: nothing here trains it
 
 
 @dataclass

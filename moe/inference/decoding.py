@@ -1,11 +1,16 @@
 """Text out of the model: prefill in MLA's expanded form, then one token at a time in the absorbed form over the latents.
 
-MTP takes no part. Each sequence draws from its own generator, so a prompt's continuation does not depend on its batch.
-Not here: drafting with MTP (speculative.py, later).
+    prompts, ragged lists of ids -> Generated(tokens, logprobs, routings)
+
+A sequence is a function of weights, prompt and seed: its draws come from a counter, not from a generator that others
+share, so neither its neighbours nor their end move it. MTP takes no part, and none of its tensors is touched.
+Source of the counter: splitmix64 (Steele, Lea, Flood, OOPSLA 2014). Not here: drafting with MTP (speculative.py, later).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +18,7 @@ from torch import Tensor
 
 from moe.config import UserError
 from moe.layers.cache import LatentCache
-from moe.model import Transformer
+from moe.model import Routings, Transformer
 
 
 class Generated(NamedTuple):
@@ -21,6 +26,17 @@ class Generated(NamedTuple):
     """New ids of each prompt, end-of-text included when it was drawn."""
     logprobs: list[list[float]]
     """Log-probability of each new id under the distribution it was drawn from (temperature and top-p applied)."""
+    routings: dict[str, Tensor] | None = None
+    """With keep_routings: experts by layer name, int16 [B, S, K], for the token at place t of prompt + new ids; -1 where
+    nothing was routed: past a sequence's end, and its last id. `model(tokens, routings=...)` replays them."""
+
+
+class Sampling(NamedTuple):
+    """How ids are drawn. keys [B] int64: the stream of each sequence, see `stream_keys`."""
+
+    temperature: float
+    top_p: float
+    keys: Tensor
 
 
 @torch.no_grad()
@@ -29,87 +45,170 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int = 32,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     speculative: bool = False,
     *,
     top_p: float = 1.0,
     eos: int | None = None,
+    stream: Callable[[int, int], None] | None = None,
+    keep_routings: bool = False,
 ) -> Generated:
-    """Continue ragged prompts (lists of ids). temperature=0 is greedy; eos ends a sequence. Raises UserError for an
-    empty prompt, an unknown id, or more tokens than `max_position_embeddings`."""
+    """Continue ragged prompts (lists of ids). temperature=0 is greedy; eos ends a sequence.
+
+    seed: prompt i draws from the stream (seed, i); or one seed a prompt, then from (seed[i], 0) in whatever batch.
+    stream(i, token) is called as each token is drawn. Raises UserError for an empty prompt, an unknown id, more tokens
+    than `max_position_embeddings`, or logits that are not finite.
+    """
     if speculative:
         raise UserError("speculative=True is not available yet; use speculative=False, the output is the same")
-    _check(model, prompts, max_new_tokens, temperature, top_p)
-    device = model.embed.weight.device
+    _check(model, prompts, max_new_tokens, temperature, top_p, seed, keep_routings)
+    sampling = Sampling(temperature, top_p, stream_keys(seed, len(prompts)).to(model.embed.weight.device))
     training = model.training
     model.eval()
     try:
-        return _decode(model, prompts, max_new_tokens, temperature, seed, top_p, eos, device)
+        return _decode(model, prompts, max_new_tokens, sampling, eos, stream, keep_routings)
     finally:
         model.train(training)
 
 
-def _decode(model, prompts, max_new_tokens, temperature, seed, top_p, eos, device) -> Generated:
+def _decode(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: int | None,
+    stream: Callable[[int, int], None] | None,
+    keep_routings: bool,
+) -> Generated:
+    device = model.embed.weight.device
     batch, longest = len(prompts), max(map(len, prompts), default=0)
-    tokens = [[] for _ in prompts]
-    logprobs = [[] for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    record = _Record(batch, longest + max_new_tokens) if keep_routings else None
     if not batch or max_new_tokens == 0:
-        return Generated(tokens, logprobs)
+        return Generated(tokens, logprobs, record and record.cut(longest))
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     padded = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
     mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     cache = LatentCache.for_model(
         model.config, batch, longest + max_new_tokens, dtype=model.embed.weight.dtype, device=device
     )
-    hidden, _ = model.encode(padded, mask=mask, cache=cache)
+    rows = torch.arange(batch, device=device)
+    hidden, routings = model.encode(padded, mask=None if bool(mask.all()) else mask, cache=cache)
+    if record:
+        record.write(routings, rows, cache.positions(longest), mask)
     cache.advance(lengths)
-    logits = model.head(hidden[torch.arange(batch, device=device), lengths - 1])
-    draws = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(batch)]
+    last = hidden[rows, lengths - 1]
     active = list(range(batch))
     for step in range(max_new_tokens):
-        chosen, logp = _sample(logits.float().cpu(), temperature, top_p, [draws[i] for i in active])
+        chosen, logp = _sample(model.head(last).float(), sampling, step)
         for i, token, lp in zip(active, chosen.tolist(), logp.tolist(), strict=True):
+            if math.isnan(lp):
+                raise UserError(f"prompt {i}: the model's logits are not finite at token {step}; check its weights")
             tokens[i].append(token)
             logprobs[i].append(lp)
+            if stream:
+                stream(i, token)
         going = [row for row, i in enumerate(active) if eos is None or tokens[i][-1] != eos]
         if not going or step + 1 == max_new_tokens:
             break
         if len(going) < len(active):  # finished sequences leave the batch
-            cache.keep(torch.tensor(going, device=device))
+            kept = torch.tensor(going, device=device)
+            cache.keep(kept)
             active = [active[row] for row in going]
-        last = torch.tensor([[tokens[i][-1]] for i in active], device=device)
-        hidden, _ = model.encode(last, cache=cache)
+            rows, chosen, sampling = rows[kept], chosen[kept], sampling._replace(keys=sampling.keys[kept])
+        hidden, routings = model.encode(chosen.unsqueeze(1), cache=cache)
+        if record:
+            record.write(routings, rows, cache.positions(1))
         cache.advance(1)
-        logits = model.head(hidden[:, -1])
-    return Generated(tokens, logprobs)
+        last = hidden[:, -1]
+    return Generated(tokens, logprobs, record and record.cut(max(len(p) + len(t) for p, t in zip(prompts, tokens))))
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, draws: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """[B, V] -> ids [B] and their log-probabilities under the distribution drawn from."""
+class _Record:
+    """Expert choices by layer, int16 [B, S, K], -1 where nothing was routed."""
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self.batch, self.capacity = batch, capacity
+        self.experts: dict[str, Tensor] = {}
+
+    def write(self, routings: Routings, rows: Tensor, places: Tensor, mask: Tensor | None = None) -> None:
+        """Choices [b, T, K] of sequences `rows` [b] at `places` [b, T]; mask [b, T]: False was not routed."""
+        for name, routing in routings.items():
+            chosen = routing.experts.to(torch.int16)
+            if name not in self.experts:
+                self.experts[name] = chosen.new_full((self.batch, self.capacity, chosen.shape[-1]), -1)
+            if mask is not None:
+                chosen = chosen.masked_fill(~mask.unsqueeze(-1), -1)
+            self.experts[name][rows.unsqueeze(1), places] = chosen
+
+    def cut(self, length: int) -> dict[str, Tensor]:
+        return {name: chosen[:, :length].clone() for name, chosen in self.experts.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _sample(logits: Tensor, sampling: Sampling, step: int) -> tuple[Tensor, Tensor]:
+    """[B, V] logits -> ids [B] and their log-probabilities under the distribution drawn from."""
+    temperature, top_p, keys = sampling
     if temperature == 0:
-        logp = logits.log_softmax(-1)
-        chosen = logits.argmax(-1)
-        return chosen, logp.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        best, chosen = logits.max(-1)
+        return chosen, best - logits.logsumexp(-1)
     logp = (logits / temperature).log_softmax(-1)
     if top_p < 1:
-        ordered, order = logp.sort(-1, descending=True)
+        ordered, order = logp.sort(dim=-1, descending=True, stable=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()
         logp = logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter(1, order, before >= top_p), -torch.inf)
         logp = logp.log_softmax(-1)
-    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
-    cumulative = logp.double().exp().cumsum(-1)
-    chosen = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    chosen = chosen.clamp_max(logits.shape[1] - 1)
-    return chosen, logp.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    cumulative = torch.cumsum(logp.exp(), -1, dtype=torch.float64)
+    chosen = torch.searchsorted(cumulative, uniform(keys, step).unsqueeze(1) * cumulative[:, -1:], right=True)
+    chosen = chosen.clamp_max(logits.shape[1] - 1)  # reached by NaN only
+    return chosen.squeeze(1), logp.gather(1, chosen).squeeze(1)
 
 
-def _check(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+# splitmix64's constants as int64, whose sums and products wrap to the bits of its unsigned arithmetic
+GOLDEN, MIX = 0x9E3779B97F4A7C15 - 2**64, (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def stream_keys(seed: int | Sequence[int], count: int) -> Tensor:
+    """[count] int64: the stream (seed, i) of each prompt, or (seed[i], 0)."""
+    seeds, places = (seed, [0] * count) if isinstance(seed, Sequence) else ([seed] * count, range(count))
+    base = torch.tensor([_int64(s) for s in seeds], dtype=torch.int64)
+    return _mixed(_mixed(base + GOLDEN) + torch.tensor([*places], dtype=torch.int64) * GOLDEN)
+
+
+def uniform(keys: Tensor, step: int) -> Tensor:
+    """[B] streams -> number `step` of each, in [0, 1), float64. 52 bits: times a total it stays below the total."""
+    return _shifted(_mixed(keys + _int64((step + 1) * GOLDEN)), 12).double() * 2.0**-52
+
+
+def _mixed(z: Tensor) -> Tensor:
+    z = (z ^ _shifted(z, 30)) * MIX[0]
+    z = (z ^ _shifted(z, 27)) * MIX[1]
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift: int64's own repeats the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _int64(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_p, seed, keep_routings) -> None:
     c = model.config
     if max_new_tokens < 0 or not temperature >= 0 or not 0 < top_p <= 1:
         raise UserError(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}: expected max_new_tokens >= 0, "
             "temperature >= 0 and 0 < top_p <= 1"
         )
+    if isinstance(seed, Sequence) and len(seed) != len(prompts):
+        raise UserError(f"seed holds {len(seed)} numbers for {len(prompts)} prompts; give one number, or one a prompt")
+    if keep_routings and c.n_routed_experts > 2**15 - 1:
+        raise UserError(f"keep_routings holds 32,767 experts, model.n_routed_experts={c.n_routed_experts}; leave it out")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos")

@@ -1,7 +1,7 @@
 """Next-token, multi-token and balance losses: pure functions of states and tokens, and the module that an engine wraps.
 
     tokens [B, T+1] int64: position i of the T inputs predicts token i+1 (main loss), i+1+k (MTP depth k)
-    segment_ids [B, T+1] or None: a prediction across a document border is no target
+    segment_ids [B, T+1] or None: a prediction across a document border is no target; negative: padding (Finetuning)
     mask [B, T+1] bool or None: False is no target (padding, prompts)
 
 The loss lives inside the wrapped module, since under ZeRO-3 a weight used outside its forward is an empty shard.
@@ -69,6 +69,8 @@ class Losses(NamedTuple):
 class Pretraining(nn.Module):
     """Next token + MTP + balance for one micro-batch."""
 
+    padded = False  # rows of a corpus are full, and a mask would cost every router a pass
+
     def __init__(self, model: Transformer, balance: str = "bias") -> None:
         super().__init__()
         if balance not in BALANCERS:
@@ -92,7 +94,9 @@ class Pretraining(nn.Module):
         """
         model = self.model
         rows = tokens.shape[0] if rows is None else rows
-        hidden, routings = model.encode(tokens[:, :-1], None if segment_ids is None else segment_ids[:, :-1])
+        segments = None if segment_ids is None else segment_ids[:, :-1]
+        valid = segments >= 0 if self.padded and segments is not None else None
+        hidden, routings = model.encode(tokens[:, :-1], segments, mask=valid)
         targets = targets_ahead(tokens, 1, segment_ids, mask)
         ce = cross_entropy_sum(hidden, model.head.weight, targets)
         sums = {"loss": ce.detach(), "tokens": (targets >= 0).sum()}
@@ -120,25 +124,34 @@ class Pretraining(nn.Module):
         self, hidden: Tensor, tokens: Tensor, segment_ids: Tensor | None, mask: Tensor | None, picked: list[int]
     ) -> tuple[Tensor, Tensor, dict[str, Routing]]:
         """MTP over the picked rows: -> (summed loss of all depths, its targets, routings)."""
-        model, valid = self.model, None
+        model = self.model
+        valid = segment_ids >= 0 if self.padded and segment_ids is not None else None
         if not picked:  # all ranks and micro-batches must use the same weights: one row, in which nothing counts
             picked, valid = [0], torch.zeros_like(tokens[:1], dtype=torch.bool)
         if len(picked) < tokens.shape[0]:
             at = torch.tensor(picked, device=tokens.device)
             hidden, tokens = hidden[at], tokens[at]
-            segment_ids = None if segment_ids is None else segment_ids[at]
-            mask = None if mask is None else mask[at]
-        mask = mask if valid is None else valid
+            segment_ids, mask, valid = (None if t is None else t[at] for t in (segment_ids, mask, valid))
+        if valid is not None:
+            mask = valid if mask is None else mask & valid
         states, routings = model.look_ahead(
             hidden,
             tokens[:, :-1],
             None if segment_ids is None else segment_ids[:, :-1],
             mask=None if valid is None else valid[:, :-1],
         )
-        loss, counted = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)), tokens.new_zeros(())
+        loss, counted = (
+            hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
+            tokens.new_zeros(()),
+        )
         for depth, state in enumerate(states):
             ahead = targets_ahead(tokens, depth + 2, segment_ids, mask)
             loss = loss + cross_entropy_sum(state, model.head.weight, ahead)
             counted = counted + (ahead >= 0).sum()
         return loss, counted, routings
 
+
+class Finetuning(Pretraining):
+    """The same losses over packed samples: `mask` is True at answers only, negative segments are padding, not routed."""
+
+    padded = True
