@@ -38,7 +38,12 @@ def draw_maxvio(path):
     return chart.maxvio_curves(records(0), path)
 
 
-DRAW = [draw_losses, draw_heat, draw_maxvio]
+def draw_bands(path):
+    arms = {"bias": [records(0), records(1)], "none": [records(2), records(3, steps=400)], "gone": [[], records(4)]}
+    return chart.seed_bands(arms, "train/bpb", path, "loss of the arms", log=True, levels={"floor": 2.0})
+
+
+DRAW = [draw_losses, draw_heat, draw_maxvio, draw_bands]
 
 
 def text_of(path):
@@ -136,3 +141,26 @@ def test_no_display_no_pyplot_and_no_matplotlib_before_the_first_plot(tmp_path):
         "chart.maxvio_curves([], sys.argv[1]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "a.svg"], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_seed_bands_name_arms_with_figures_and_levels(tmp_path):
+    content = text_of(draw_bands(tmp_path / "a.svg"))
+    for text in ("bias", "none", "floor 2", "loss of the arms", "training tokens"):
+        assert f"<!-- {text} -->" in content, text
+    assert "<!-- gone -->" not in content  # one of its runs has no figure yet
+
+
+def test_seed_bands_run_from_the_lowest_to_the_highest_seed(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "fill_between", lambda self, x, low, high, **_: drawn.append((x, low, high)))
+    runs = [[{"train/tokens": s, "k": v * s} for s in range(1, 5)] for v in (3, 1, 2)]
+    chart.seed_bands({"a": runs}, "k", tmp_path / "a.svg", "t")
+    assert drawn == [([1, 2, 3, 4], [1, 2, 3, 4], [3, 6, 9, 12])]
+
+
+def test_many_steps_are_averaged_in_parts_that_lose_none():
+    x, y = chart._binned(list(range(1000)), [float(v) for v in range(1000)], 60)
+    assert len(x) == 60 and x == y and abs(sum(y) / 60 - 499.5) < 1
+    assert chart._binned([1, 2], [3.0, 4.0], 60) == ([1, 2], [3.0, 4.0])

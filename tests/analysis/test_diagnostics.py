@@ -416,3 +416,51 @@ def test_a_model_that_embeds_its_target_is_caught(small):
         if step % 5 == 0:
             told += check.mtp_ratio(s["mtp"] / s["mtp_tokens"], s["loss"] / s["tokens"], step)
     only(told, "sees the token it predicts")
+
+
+# ------------------------------------------------------------------------------------------------------ held-out load
+
+
+@pytest.mark.parametrize("tokens, k, experts", [(640, 2, 64), (4096, 8, 256), (2000, 3, 8), (300, 1, 2), (5000, 6, 64)])
+def test_the_sampling_floor_is_what_a_simulation_finds(tokens, k, experts):
+    """Every token takes k different experts at random."""
+    found = []
+    for _ in range(60):
+        chosen = torch.rand(tokens, experts).topk(k, -1).indices
+        counts = torch.bincount(chosen.flatten(), minlength=experts).double()
+        found.append((counts.max() / counts.mean() - 1).item())
+    mean = sum(found) / 60
+    error = (sum((x - mean) ** 2 for x in found) / 59 / 60) ** 0.5
+    assert abs(diagnostics.maxvio_floor(tokens, k, experts) - mean) < 0.03 * mean + 4 * error
+
+
+@pytest.mark.parametrize("case", [(100, 1, 1), (100, 4, 4), (0, 2, 8)])
+def test_where_nothing_can_be_uneven_the_floor_is_zero(case):
+    assert diagnostics.maxvio_floor(*case) == 0
+
+
+def test_watched_holds_the_latest_routing_of_every_layer_and_lets_go(small):
+    model = Transformer(small())
+    with diagnostics.watched(model) as seen:
+        out = model(torch.randint(0, 37, (2, 9)))
+        assert seen.keys() == out.routings.keys()
+        assert all(torch.equal(seen[name].experts, out.routings[name].experts) for name in seen)
+        first = seen["layers.1"]
+        model(torch.randint(0, 37, (1, 4)))
+        assert seen["layers.1"] is not first
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_batch_wise_loss_is_no_language_gradient(small):
+    """A router whose gates are constant learns from the balance loss alone, and that must not hide it."""
+    torch.manual_seed(1)
+    model = Transformer(small(balance="aux", aux_alpha=5.0, seq_aux_alpha=0.0))
+    tokens = torch.randint(0, 37, (2, 17))
+    with_loss = diagnostics.router_language_gradients(Pretraining(model, "aux"), tokens)
+    alphas = [moe.router.batch_aux_alpha for _, moe in diagnostics._moe_layers(model).values()]
+    assert alphas and set(alphas) == {5.0}
+    for _, moe in diagnostics._moe_layers(model).values():
+        moe.router.batch_aux_alpha = 0.0
+    assert diagnostics.router_language_gradients(Pretraining(model, "aux"), tokens) == pytest.approx(
+        with_loss, rel=1e-6
+    )

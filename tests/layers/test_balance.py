@@ -180,3 +180,24 @@ def test_a_schedule_steps_and_joins_points_by_lines():
     assert value_at(line, 1) == 0 and value_at(0.001, 0.4) == 0.001 and value_at(2, 0) == 2.0
     late = [[0.2, 5], [0.4, 7]]
     assert value_at(late, 0.1) == 5 and value_at(late, 0.3) == pytest.approx(6) and value_at(late, 0.9) == 7
+
+
+def test_the_rule_aux_counts_and_leaves_the_bias_to_the_routers_loss():
+    assert moved("aux", [[9, 0, 0]], [1.0, 2.0, 3.0]).tolist() == [1, 2, 3]
+
+
+def test_the_batch_wise_loss_evens_a_load_out(small):
+    """Gradient steps on the loss alone: a router that prefers two experts comes to use all eight."""
+    router = Router.from_config(small(balance="aux", aux_alpha=1.0, seq_aux_alpha=0.0, n_group=1, topk_group=1))
+    with torch.no_grad():
+        router.weight[:2] += 0.5
+    x = torch.randn(512, 24) + 1.0
+    spread = []
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+    for _ in range(60):
+        routing = router(x)
+        spread.append(routing.counts.max().item() / routing.counts.double().mean().item() - 1)
+        optimizer.zero_grad()
+        routing.losses["batch_aux"].backward()
+        optimizer.step()
+    assert spread[0] > 1 and spread[-1] < 0.5

@@ -334,3 +334,35 @@ def test_one_expert_a_token_works_without_normalisation():
     router = make(8, 1, 1, 1, norm_topk_prob=False)
     router(torch.randn(5, 8, dtype=F64)).gates.sum().backward()
     assert router.weight.grad.abs().max() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- batch loss
+
+
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("shape, hidden", [((4, 6), 3), ((1, 5), 1), ((7, 1), 2), ((3, 5), 0), ((9,), 4)])
+def test_batch_loss_takes_all_real_tokens_as_one_sequence(agree, scoring_func, shape, hidden):
+    router = make(16, 4, 1, 1, scoring_func=scoring_func, batch_aux_alpha=0.4)
+    x = torch.randn(*shape, 16, dtype=F64, requires_grad=True)
+    mask = torch.ones(x[..., 0].numel(), dtype=torch.bool)
+    mask[torch.randperm(len(mask))[:hidden]] = False
+    expected = 0.4 * by_equations_17_to_20(affinities(x, scoring_func).reshape(-1, 16)[mask], 4)
+    actual = router(x, mask=mask.view(shape) if hidden else None).losses["batch_aux"]
+    agree(actual, expected)
+    agree(torch.autograd.grad(actual, x)[0], torch.autograd.grad(expected, x)[0])
+
+
+def test_batch_loss_lets_a_sequence_be_uneven_and_the_sequence_loss_does_not():
+    x = logits_of([[[0.9, 0.9, 0.1, 0.1]] * 3, [[0.1, 0.1, 0.9, 0.9]] * 3])  # together in balance, alone not
+    losses = make(4, 2, 1, 1, seq_aux_alpha=1.0, batch_aux_alpha=1.0)(x).losses
+    assert losses["batch_aux"].item() == pytest.approx(1.0, rel=1e-12)
+    assert losses["seq_aux"].item() == pytest.approx(1.8, rel=1e-12)
+
+
+def test_batch_loss_belongs_to_the_rule_aux(small):
+    for balance, alpha in (("aux", 0.02), ("bias", 0.0), ("none", 0.0)):
+        router = Router.from_config(small(balance=balance, aux_alpha=0.02, seq_aux_alpha=0.0))
+        assert router.batch_aux_alpha == alpha
+        losses = router(torch.randn(2, 5, 24)).losses
+        assert set(losses) == ({"batch_aux"} if alpha else set())
+        assert router.eval()(torch.randn(2, 5, 24)).losses == {}

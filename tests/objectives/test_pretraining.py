@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import moe
 from moe.config import UserError
+from moe.model import Transformer
 from moe.objectives import OBJECTIVES, Pretraining, count_targets, cross_entropy_sum, targets_ahead
 
 TOKENS = torch.tensor([[10, 11, 12, 13, 14, 15]])
@@ -172,3 +173,26 @@ def test_balance_statistics_carry_no_graph(small, batch):
     for state in (*out.balance.values(), *out.health.values()):
         assert all(not v.requires_grad for v in state.values())
     assert OBJECTIVES["pretrain"] is Pretraining and "tokens" in inspect.signature(Pretraining.forward).parameters
+
+
+def test_fine_tuning_neither_routes_nor_learns_from_padding(small, agree):
+    """Two samples in one padded row against each alone: same gradients, MTP included; padding is not counted."""
+    model = Transformer(small(seq_aux_alpha=0.0)).double()
+    objective = OBJECTIVES["sft"](model)
+    a, b = torch.randint(0, 37, (7,)), torch.randint(0, 37, (5,))
+    row = torch.cat([a, b, torch.randint(0, 37, (6,))]).unsqueeze(0)
+    segments = torch.tensor([[0] * 7 + [1] * 5 + [-1] * 6], dtype=torch.int32)
+    mask = torch.tensor([[i in (4, 5, 6, 10, 11) for i in range(18)]])
+    targets = float(count_targets(row, segments, mask))
+    assert targets == 5
+    packed = objective(row, segments, mask, targets, mtp_weight=0.3)
+    packed.loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for sample, answers in ((a, (4, 5, 6)), (b, (3, 4))):
+        own = torch.tensor([[i in answers for i in range(len(sample))]])
+        objective(sample.unsqueeze(0), None, own, targets, mtp_weight=0.3).loss.backward()
+    for name, p in model.named_parameters():
+        agree(p.grad, expected[name], 1e-9, name, scale=1e-6)
+    for name in ("layers.1", "layers.2"):
+        assert int(packed.balance[name]["counts"].sum()) == 12 * model.config.num_experts_per_tok
