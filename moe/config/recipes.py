@@ -139,7 +139,7 @@ class GrpoConfig(Section):
     beta: float = knob(0.0, "weight of the KL to the reference policy; 0: no reference model is kept", ge=0)
     kl: str = knob("k3_ratio", "estimator of that KL", choices=["k1", "k2", "k3", "k1_ratio", "k3_ratio"])
     correction: str = knob(
-        "off", "weights for sampler and trainer disagreeing", choices=["off", "token_tis", "token_mis"]
+        "off", "weights for sampler and trainer disagreeing", choices=["off", "token_tis", "token_mis", "seq_mis"]
     )
     replay: bool = knob(True, "the update routes each token to the experts that the rollout chose")
     drop_zero_signal: bool = knob(True, "groups whose rewards are all equal skip the backward pass")

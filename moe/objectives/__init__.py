@@ -1,13 +1,15 @@
 """What is minimised: pure functions, and the modules that an engine wraps (design: the loss lives inside them).
 
     pretraining.py    next token, MTP and balance losses
+    advantages.py     rewards of groups as advantages; pass@k
     policy.py         policy-gradient losses: GRPO and its relatives
     reinforcement.py  a policy loss over a whole model, with routing replay
 
 OBJECTIVES names the modules that `Engine` can train.
 """
 
-from moe.objectives.policy import LOSSES, group_advantages, live_groups, pass_at_k, policy_loss, token_logprobs
+from moe.objectives.advantages import group_advantages, live_groups, pass_at_k
+from moe.objectives.policy import LOSSES, policy_loss, token_logprobs
 from moe.objectives.pretraining import (
     Finetuning,
     Losses,

@@ -12,7 +12,7 @@ alive, since only indices are replayed. Not here: the loss itself (policy.py), a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class Reinforcement(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.temperature, self.replay = model, temperature, replay
-        self.options = dict(loss=loss, clip_low=clip_low, clip_high=clip_high, beta=beta, kl=kl, correction=correction)
+        self.options: dict[str, Any] = dict(loss=loss, clip_low=clip_low, clip_high=clip_high, beta=beta, kl=kl, correction=correction)
         self.options["max_length"] = max_length
         one = torch.zeros(1, 1)  # a wrong option is told here, before anything is sampled
         policy_loss(one, one, one[0], one == 0, logp_rollout=one, logp_ref=one, **self.options)
