@@ -1,7 +1,7 @@
 """Reinforcement learning with GRPO on a task whose answers can be checked.
 
     torchrun --standalone recipes/grpo.py                     # sort: a gated cold start, then GRPO, minutes on two cores
-    torchrun --standalone recipes/grpo.py init=runs/sft-...   # from any run instead
+    torchrun --standalone recipes/grpo.py init=runs/sft-...   # from any run; fine-tuned first if it fails the gate
     python recipes/grpo.py --help
 
 The order is the paper's (DeepSeek-V3, arXiv 2412.19437, section 5): fine-tuning to start from, then groups of answers,
@@ -39,7 +39,7 @@ def main() -> None:
         task = make_task(cfg)
         tokenizer = make_tokenizer(cfg, task, cfg.run.init)
         room = answer_room(cfg, task, tokenizer)
-        start = cfg.run.init or cold_start(cfg, SFT, run_dir, ranks)
+        start = cold_start(cfg, task, tokenizer, SFT, run_dir, ranks)
         objective = OBJECTIVES["grpo"].from_config(make_model(cfg, start), cfg.grpo, room)
         engine = engines.build(objective, cfg.optim, cfg.train, ranks)
         folder = open_run(cfg, run_dir, tokenizer=tokenizer.text)

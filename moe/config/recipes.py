@@ -147,7 +147,7 @@ class GrpoConfig(Section):
     eval_samples: int = knob(8, "answers for each of half the held-out problems, for pass@1 and pass@k", ge=1)
     show: int = knob(3, "prompts shown with answers and rewards at each evaluation", ge=0)
     cold_start: float = knob(
-        0.25, "without run.init: first fine-tune until pass@1 reaches this; 0: start from random weights", ge=0, le=1
+        0.25, "pass@1 to start from; a model below it is fine-tuned first; 0: never", ge=0, le=1
     )
 
 

@@ -73,8 +73,6 @@ class Reinforcement(nn.Module):
         self.model, self.temperature, self.replay = model, temperature, replay
         self.options: dict[str, Any] = dict(loss=loss, clip_low=clip_low, clip_high=clip_high, beta=beta, kl=kl, correction=correction)
         self.options["max_length"] = max_length
-        one = torch.zeros(1, 1)  # a wrong option is told here, before anything is sampled
-        policy_loss(one, one, one[0], one == 0, logp_rollout=one, logp_ref=one, **self.options)
 
     @classmethod
     def from_config(cls, model: Transformer, g: GrpoConfig, max_length: int) -> Reinforcement:
@@ -114,3 +112,12 @@ class Reinforcement(nn.Module):
             kept = (now.unsqueeze(-1) == then.unsqueeze(-2)).any(-2)
             flips, choices = flips + (routed & ~kept).sum(), choices + routed.sum()
         return {"flips": flips, "choices": choices}
+
+
+def check_loss(g: GrpoConfig, max_length: int) -> None:
+    """Tell a wrong loss, clip, KL or correction before anything is trained or sampled."""
+    one = torch.zeros(1, 1)
+    policy_loss(
+        one, one, one[0], one == 0, g.loss, g.clip_low, g.clip_high, one, one, g.beta, max_length,
+        kl=g.kl, correction=g.correction,
+    )  # fmt: skip

@@ -17,13 +17,16 @@ from moe.config import FinetuneConfig, GrpoRecipe, UserError, load, nearest
 from moe.data.tasks import Task, encode_answer, encode_prompt
 from moe.data.tokenizer import Tokenizer, check_fits
 from moe.files import replace
+from moe.inference.accuracy import task_accuracy
 from moe.interop.hf import to_hf
+from moe.objectives.reinforcement import check_loss
 from moe.parallel import Ranks
 from moe.rl.grpo import Grpo
 from moe.rl.rewards import REWARDS
 from moe.train import summary
 from moe.train.finetune import finetune
 from moe.train.log import accuracies, is_leader, read_metrics
+from moe.train.pretrained import load_model
 from moe.train.run_folder import finished
 
 
@@ -41,32 +44,48 @@ def answer_room(cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer) -> int:
             f"grpo.max_new_tokens={room} after prompts of {prompt} tokens exceeds model.max_position_embeddings="
             f"{cfg.model.max_position_embeddings}; lower it, or task.max_length"
         )
+    check_loss(g, room)
     return room
 
 
-def cold_start(cfg: GrpoRecipe, defaults: str, run_dir: str | Path, ranks: Ranks) -> Path | None:
-    """Fine-tune on the task's demonstrations inside the run folder, once; -> that run's folder, None without a gate."""
-    if not cfg.grpo.cold_start:
-        return None
+def cold_start(
+    cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer, defaults: str, run_dir: str | Path, ranks: Ranks
+) -> Path | None:
+    """The folder to start from: run.init where that model passes the gate, else a fine-tuned one inside the run folder.
+
+    None: random weights (grpo.cold_start=0 and no run.init).
+    """
+    gate, init = cfg.grpo.cold_start, cfg.run.init
+    if not gate or (init and _passes(cfg, task, tokenizer, ranks)):
+        return Path(init) if init else None
     sft: FinetuneConfig = load(FinetuneConfig, [], defaults)
     sft.model, sft.task, sft.log = cfg.model, cfg.task, cfg.log
-    kept = {
-        f: getattr(cfg.train, f)
-        for f in ("seed", "device", "threads", "ops", "keep_memory", "zero_stage", "health_check")
-    }
-    sft.train = dataclasses.replace(sft.train, **kept, export=False)
-    sft.sft = dataclasses.replace(sft.sft, gate=cfg.grpo.cold_start)
+    shared = ("seed", "device", "threads", "ops", "keep_memory", "zero_stage", "health_check")
+    sft.train = dataclasses.replace(sft.train, **{name: getattr(cfg.train, name) for name in shared}, export=False)
+    sft.sft = dataclasses.replace(sft.sft, gate=gate)
+    sft.run = dataclasses.replace(sft.run, init=init)
     folder = Path(run_dir) / "cold_start"
-    done = finished(sft, folder)
-    if done is None:
+    if finished(sft, folder) is None:
         finetune(sft, folder, ranks)
-        done = finished(sft, folder) or {}
+    done = finished(sft, folder) or {}
     if is_leader() and not done.get("gate_reached", True):
         print(
-            f"warning: the cold start ended at pass@1 {done['val/pass@1']:.1%}, below grpo.cold_start="
-            f"{cfg.grpo.cold_start:.0%}; more task.demonstrations or fewer digits (task.max_length) make it easier"
+            f"warning: the cold start ended at pass@1 {done['val/pass@1']:.1%}, below grpo.cold_start={gate:.0%}; more "
+            "task.demonstrations or smaller problems (task.max_length) make it easier"
         )
     return folder
+
+
+def _passes(cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer, ranks: Ranks) -> bool:
+    """Whether run.init solves enough problems, its standard error in its favour."""
+    model = load_model(cfg.run.init).model.to(ranks.device)
+    room = answer_room(cfg, task, tokenizer)
+    found = task_accuracy(model, tokenizer, task, task.held_out()[:256], 4, room, ranks).figures
+    passes = found["val/pass@1"] + 2 * found["val/pass@1_se"] >= cfg.grpo.cold_start
+    if is_leader():
+        verdict = "enough" if passes else "fine-tuning on demonstrations first"
+        print(f"{cfg.run.init}: pass@1 {found['val/pass@1']:.1%} for a gate of {cfg.grpo.cold_start:.0%}: {verdict}")
+    return passes
 
 
 def header(trainer: Grpo, start: str | Path | None) -> None:

@@ -23,7 +23,7 @@ SMALL = [
 ]  # fmt: skip
 RL = [
     *SMALL, "grpo.prompts=6", "grpo.group_size=4", "grpo.max_new_tokens=6", "grpo.reward=prefix", "train.steps=6",
-    "train.micro_batch_size=7", "train.save_every=3", "train.eval_every=0",
+    "train.micro_batch_size=7", "train.save_every=3", "train.eval_every=0", "grpo.cold_start=0",
 ]  # fmt: skip
 
 
@@ -174,6 +174,16 @@ def test_the_chain_cold_start_grpo_and_summary(run):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     run("chain", "grpo.cold_start=0.01", "train.steps=2", init=None)
     assert run.code == 0 and before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_start_below_the_gate_is_fine_tuned_first(run, init, tmp_path):
+    """`init` of a pretrained run that cannot do the task yet; one that can is taken as it is."""
+    taken = run("taken", "grpo.cold_start=0.001", "train.steps=1")
+    assert run.code == 0 and not (taken / "cold_start").exists()
+    tuned = run("tuned", "grpo.cold_start=0.7", "train.steps=1", init=init)
+    assert run.code == 0 and json.loads((tuned / "cold_start" / "summary.json").read_text())["gate_reached"] in (True, False)
+    start, end = (load_file(f / "checkpoints/step-00000001/model.safetensors") for f in (taken, tuned))
+    assert not torch.equal(start["head.weight"], end["head.weight"])
 
 
 def test_two_ranks_are_one(run, init, tmp_path):
