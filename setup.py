@@ -36,7 +36,7 @@ setup(
         "rich>=13",
         "datasets>=3",
         "wandb>=0.19",
-        f"deepspeed>=0.19.8; {LINUX}",
+        f"deepspeed>=0.19.8,<0.20; {LINUX}",
     ],
     extras_require={
         "test": ["pytest>=9", "transformers>=5.20", "ruff", "mypy>=2"],  # transformers: the parity oracle

@@ -145,6 +145,30 @@ def experts_forward(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: 
     return _combine(rows_by_weight(a, w2.mT, order.ends), order), z
 
 
+GATHER = 24 << 20  # bytes of gathered weights up to which copying them beats a product for each expert (measured)
+
+
+def experts_are_few(w13: Tensor, w2: Tensor, choices: int) -> bool:
+    return choices * (w13[0].numel() + w2[0].numel()) * w13.element_size() <= GATHER
+
+
+def experts_of_few(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+    """-> y [N, D], without what a backward pass needs: one product over the gathered weights of all choices.
+
+    For decoding, where a loop over E experts finds most of them empty.
+    """
+    n, k = experts.shape
+    width = w2.shape[2]
+    ids = experts.reshape(-1)
+    inside = ids.clamp(0, w13.shape[0] - 1)
+    weight = w13.index_select(0, inside).view(n, k * 2 * width, -1)
+    # rows on the left: products with a column on the right are several times slower
+    gate, up = torch.bmm(x.unsqueeze(1), weight.mT).view(n * k, 1, 2 * width).chunk(2, -1)
+    a = F.silu(gate).mul_(up).mul_(gates.reshape(-1, 1, 1).to(x.dtype))
+    y = torch.bmm(a, w2.index_select(0, inside).mT)
+    return y.masked_fill_((ids != inside).view(-1, 1, 1), 0).view(n, k, -1).sum(1)
+
+
 def experts_backward(
     dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,21 +239,31 @@ def _heads_last(x: Tensor, batch: int, heads: int) -> Tensor:
     return x.view(batch, heads, *x.shape[1:]).transpose(1, 2).contiguous()
 
 
+def attention_pairs(time: int) -> list[int]:
+    """Scores a head holds for each block of queries."""
+    ends = [min(start + BLOCK, time) for start in range(0, time, BLOCK)]
+    return [(end - start) * end for start, end in zip(range(0, time, BLOCK), ends)]
+
+
 def _blocks(p: Tensor, heads: int, time: int) -> list[tuple[int, int, Tensor]]:
-    """Query blocks (start, end, probabilities [B*H, end - start, end]); the latter are views of one flat buffer."""
+    """Query blocks (start, end, probabilities [B*H, end - start, end]); the latter are views of one flat buffer.
+
+    A buffer that holds only the largest block is used again by each: for who needs no block twice.
+    """
     result, offset = [], 0
-    for start in range(0, time, BLOCK):
+    pairs = attention_pairs(time)
+    whole = p.numel() == heads * sum(pairs)
+    for start, pair in zip(range(0, time, BLOCK), pairs):
         end = min(start + BLOCK, time)
-        size = heads * (end - start) * end
-        result.append((start, end, p[offset : offset + size].view(heads, end - start, end)))
-        offset += size
+        result.append((start, end, p[offset : offset + heads * pair].view(heads, end - start, end)))
+        offset += heads * pair if whole else 0
     return result
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None, with_grad: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """-> (o [B, T, H, dv], p: the causal half of the probabilities, flat, kept for the backward pass).
+    """-> (o [B, T, H, dv], p: the causal half of the probabilities, flat, kept for the backward pass, else empty).
 
     Scores are held in the inputs' dtype (the products accumulate in fp32), the softmax runs in fp32. On the CPUs we
     measured this is 2-3 times faster than the fused scaled_dot_product_attention, which has no fast path there.
@@ -238,10 +272,9 @@ def attention_forward(
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
     bh = batch * heads
     o = v.new_empty(bh, time, v.shape[2])
-    sizes = [(s, min(s + BLOCK, time)) for s in range(0, time, BLOCK)]
-    p = q.new_empty(bh * sum((e - s) * e for s, e in sizes))
+    p = q.new_empty(bh * sum(attention_pairs(time)) if with_grad else 0)
     minus_inf = float("-inf")
-    for start, end, s in _blocks(p, bh, time):
+    for start, end, s in _blocks(p if with_grad else q.new_empty(bh * max(attention_pairs(time), default=0)), bh, time):
         torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2), out=s)
         s.mul_(scale)
         if segment_ids is None:

@@ -48,6 +48,10 @@ def selected() -> str:
     return "torch" if path == "auto" else path
 
 
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
@@ -71,6 +75,8 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor) 
         )
     if selected() == "reference":
         return reference.experts(x, w13, w2, experts, gates)
+    if not _wants_grad(x, w13, w2, gates) and eager.experts_are_few(w13, w2, experts.numel()):
+        return eager.experts_of_few(x, w13, w2, experts, gates)
     return _experts(x, w13, w2, experts, gates)[0]
 
 
@@ -125,7 +131,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
     if selected() == "reference":
         return reference.attention(q, k, v, scale, segment_ids)
     if q.device.type == "cpu":
-        return _attention(q, k, v, scale, segment_ids)[0]
+        if _wants_grad(q, k, v):
+            return _attention(q, k, v, scale, segment_ids)[0]
+        return eager.attention_forward(q, k, v, scale, segment_ids, with_grad=False)[0]
     return _fused_attention(q, k, v, scale, segment_ids)
 
 
@@ -149,8 +157,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tenso
 @_attention.register_fake
 def _(q, k, v, scale, segment_ids):
     b, t, h, _ = q.shape
-    pairs = sum((min(s + eager.BLOCK, t) - s) * min(s + eager.BLOCK, t) for s in range(0, t, eager.BLOCK))
-    return v.new_empty(v.shape), q.new_empty(b * h * pairs)
+    return v.new_empty(v.shape), q.new_empty(b * h * sum(eager.attention_pairs(t)))
 
 
 @torch.library.custom_op("moe::attention_backward", mutates_args=())
@@ -188,8 +195,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if selected() == "reference":
         return reference.rms_norm(x, weight, eps)
     if x.device.type == "cpu":  # the library's own takes five passes and keeps two fp32 copies there
-        return _rms_norm(x, weight, eps)[0]
+        if _wants_grad(x, weight) or x.numel() > SMALL:
+            return _rms_norm(x, weight, eps)[0]
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+SMALL = 2**15  # numbers of a decoding step: there the library's passes cost less than our op's call (measured)
 
 
 @torch.library.custom_op("moe::rms_norm", mutates_args=())
@@ -241,8 +252,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
         )
     if selected() == "reference":
         return reference.linear_cross_entropy(hidden, weight, targets)
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _linear_cross_entropy(hidden, weight, targets, chunk, with_grad)[0]
+    return _linear_cross_entropy(hidden, weight, targets, chunk, _wants_grad(hidden, weight))[0]
 
 
 @torch.library.custom_op("moe::linear_cross_entropy", mutates_args=())

@@ -106,6 +106,15 @@ def keep_memory() -> bool:
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 64 << 20)])
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: its own message, if any, is the cause."""
+    said = str(error)
+    return _env("WORLD_SIZE", 1) > 1 and (
+        isinstance(error, torch.distributed.DistError)
+        or any(sign in said for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+    )
+
+
 def record(main: Callable[[], None]) -> Callable[[], None]:
     """Let torchrun show the error of `main` instead of its own table alone."""
     from torch.distributed.elastic.multiprocessing.errors import record as torch_record

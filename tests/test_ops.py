@@ -153,6 +153,32 @@ def test_experts_of_no_tokens_give_no_rows_and_zero_weight_gradients():
     assert all(g is not None and g.eq(0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("n, n_experts, k, d, f", [(23, 7, 3, 8, 16), (11, 5, 2, 9, 7), (1, 6, 3, 8, 8)])
+def test_experts_of_few_tokens_without_gradients_agree_with_the_loops(agree, case, dtype, n, n_experts, k, d, f):
+    x, w13, w2, ids, gates = expert_inputs(ids_of(case, n, k, n_experts), n_experts, d, f, dtype)
+    live = ((ids >= 0) & (ids < n_experts)).any(1)
+    x[~live] = float("nan")  # a token without an expert may hold anything
+    exact = reference.experts(x.double().nan_to_num(), w13.double(), w2.double(), ids, gates.double())
+    assert eager.experts_are_few(w13, w2, ids.numel())
+    with torch.no_grad():
+        y = ops.experts(x, w13.requires_grad_(), w2, ids, gates.float() if dtype is BF16 else gates)
+    assert y.dtype == dtype and y[~live].eq(0).all()
+    agree(y, exact, scale=3.0 if n == 1 else 0.0)
+
+
+def test_few_and_many_experts_take_their_own_way_and_agree(agree, monkeypatch):
+    inputs = expert_inputs(ids_of("spread", 9, 3, 7), 7, 8, 8, F32)
+    few = ops.experts(*inputs)
+    monkeypatch.setattr(eager, "experts_of_few", None)  # calling it would raise
+    monkeypatch.setattr(eager, "GATHER", 9 * 3 * (3 * 8 * 8) * 4 - 1)
+    agree(ops.experts(*inputs), few)
+    monkeypatch.setattr(eager, "GATHER", 2**40)
+    inputs[0].requires_grad_()
+    agree(ops.experts(*inputs), few)  # with gradients never
+
+
 @pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("case", [*CASES, "many"])
 def test_expert_order_gives_each_choice_one_row_of_its_expert_in_token_order(fill, case):
@@ -230,6 +256,16 @@ def test_attention_longer_than_a_block_agrees_with_whole_scores(agree, packed, t
         agree(g, e)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("time", [1, 128, 300])
+def test_attention_without_gradients_gives_the_same_numbers_and_keeps_no_probabilities(packed, time):
+    q, k, v = attention_inputs(2, time, 2, 5, 3, F32)
+    segments = segments_of(2, time) if packed else None
+    quiet = eager.attention_forward(q, k, v, 0.3, segments, with_grad=False)
+    assert torch.equal(ops.attention(q, k, v, 0.3, segments), quiet[0]) and quiet[1].numel() == 0
+    assert torch.equal(ops.attention(q.requires_grad_(), k, v, 0.3, segments), quiet[0])
+
+
 def test_attention_scale_and_inputs_of_any_layout(agree):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in attention_inputs(2, 6, 3, 4, 5, F64))
     k = k[:, :, :1].expand(-1, -1, 3, -1)  # one rotary key for all heads
@@ -293,6 +329,17 @@ def test_norm_agrees_with_its_formula_in_value_and_every_gradient(agree, dtype, 
     for name, g, e in zip(("x", "weight"), gradients, exact_gradients):
         assert g.dtype == dtype
         agree(g, e, what=f"gradient of {name}", scale=0.02 if layout == "large" else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [3, 700])
+def test_norm_without_gradients_is_the_same_for_few_rows_and_many(agree, dtype, rows):
+    x, weight = (torch.randn(rows, 64) * 50).to(dtype), (1 + 0.3 * torch.randn(64)).to(dtype)
+    assert (x.numel() > ops.SMALL) == (rows == 700)
+    y = ops.rms_norm(x, weight, 0.1)
+    assert y.dtype == dtype
+    agree(y, reference.rms_norm(x.double(), weight.double(), 0.1))
+    agree(y, ops.rms_norm(x.requires_grad_(), weight, 0.1), {F64: 1e-13, F32: 1e-6, BF16: 4e-3}[dtype])
 
 
 @pytest.mark.parametrize("layout", NORMS)

@@ -140,13 +140,16 @@ def seed_bands(
     log: bool = False,
     levels: dict[str, float] | None = None,
 ) -> Path:
-    """Figure `key` against tokens, for each arm the mean over its runs and a band from lowest to highest of them.
+    """Figure `key` against tokens (steps, where none are counted), for each arm the mean over its runs and a band from
+    the lowest to the highest of them.
 
     Many steps are averaged in 60 equal parts first. `levels` are drawn as dashed lines with their names.
     """
+    counted = any("train/tokens" in record for runs in arms.values() for records in runs for record in records)
+    across = "train/tokens" if counted else "step"
     with _figure(path, 5.4, 3.9) as (axis,):
         for number, (name, runs) in enumerate(arms.items()):
-            curves = [_binned(*_series(records, "train/tokens", key), 60) for records in runs]
+            curves = [_binned(*_series(records, across, key), 60) for records in runs]
             points = min((len(y) for _, y in curves), default=0)
             if not points:
                 continue
@@ -165,7 +168,7 @@ def seed_bands(
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        axis.set(xlabel="training tokens", title=title)
+        axis.set(xlabel="training tokens" if counted else "step", title=title)
         axis.xaxis.set_major_formatter(lambda value, _: _count(value))
         axis.figure.legend(*axis.get_legend_handles_labels(), ncols=3, loc="outside lower center")
     return Path(path)

@@ -7,7 +7,7 @@ A rule is three plain functions, so that counts can be gathered over micro-batch
     update(state, bias, speed) -> bias      once a step, after the state was summed over ranks
 
 Source: auxiliary-loss-free balancing, arXiv 2408.15664 algorithm 1; DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
-Not here: the sequence-wise loss, which the router makes itself.
+Not here: the sequence-wise loss and the batch-wise one of "aux" (section 4.5.3), which the router makes itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LossFree(Counting):
         return bias + speed * torch.sign(load.mean() - load).to(bias.dtype)
 
 
-BALANCERS: dict[str, Counting] = {"bias": LossFree(), "none": Counting()}
+BALANCERS: dict[str, Counting] = {"bias": LossFree(), "aux": Counting(), "none": Counting()}
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:

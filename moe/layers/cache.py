@@ -1,9 +1,8 @@
 """What decoding remembers: for MLA one latent and one rotary key a token and layer, nothing else.
 
-    c_kv    L x [B, S, C]   normalised latent, key and value in one
-    k_rope  L x [B, S, R]   rotated key, shared by all heads
+    latents  L x [B, S, C + R]   c_kv, the normalised latent (key and value in one), then k_rope, the rotated key all share
 
-(C + R) numbers a token and layer: 576 in DeepSeek-V3 against 32,768 for full keys and values (DeepSeek-V2, table 1).
+One tensor a layer, allocated once and written in place: attention reads it where it lies. (C + R) numbers a token and layer: 576 in DeepSeek-V3 against 32,768 for full keys and values (DeepSeek-V2, table 1).
 """
 
 from __future__ import annotations
@@ -25,11 +24,14 @@ class LatentCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.c_kv = [torch.zeros(batch, capacity, kv_lora_rank, dtype=dtype, device=device) for _ in range(layers)]
-        self.k_rope = [torch.zeros(batch, capacity, qk_rope_head_dim, dtype=dtype, device=device) for _ in range(layers)]
+        self.widths = [kv_lora_rank, qk_rope_head_dim]
+        self.latents = [
+            torch.zeros(batch, capacity, sum(self.widths), dtype=dtype, device=device) for _ in range(layers)
+        ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
-        self.longest = 0  # max(lengths), kept on the host so that no step waits for the device
+        self.longest = self.shortest = 0  # of lengths, kept on the host so that no step waits for the device
+        self._later: dict[int, Tensor] = {}  # see `later`; made once a step, read by every layer
 
     @classmethod
     def for_model(cls, config, batch: int, capacity: int, dtype=torch.float32, device="cpu") -> LatentCache:
@@ -39,8 +41,18 @@ class LatentCache:
         )
 
     @property
+    def c_kv(self) -> list[Tensor]:
+        """[B, S, C] of each layer, views."""
+        return [latents[..., : self.widths[0]] for latents in self.latents]
+
+    @property
+    def k_rope(self) -> list[Tensor]:
+        """[B, S, R] of each layer, views."""
+        return [latents[..., self.widths[0] :] for latents in self.latents]
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.c_kv, *self.k_rope))
+        return sum(t.numel() * t.element_size() for t in self.latents)
 
     def positions(self, time: int) -> Tensor:
         """[B, T] positions of the next `time` tokens of each sequence."""
@@ -55,25 +67,47 @@ class LatentCache:
         end = self.longest + time
         if end > self.capacity:
             raise ValueError(f"cache of {self.capacity} tokens cannot hold {end}; make it with a larger capacity")
-        batch = torch.arange(c_kv.shape[0], device=c_kv.device).unsqueeze(1)
-        at = self.positions(time)
-        self.c_kv[layer][batch, at] = c_kv.detach().to(self.c_kv[layer].dtype)
-        self.k_rope[layer][batch, at] = k_rope.detach().to(self.k_rope[layer].dtype)
-        return self.c_kv[layer][:, :end], self.k_rope[layer][:, :end]
+        latents, new = self.latents[layer], torch.cat((c_kv, k_rope), -1).detach()
+        if self.shortest == self.longest:
+            latents[:, self.longest : end] = new
+        else:
+            batch = torch.arange(c_kv.shape[0], device=c_kv.device).unsqueeze(1)
+            latents[batch, self.positions(time)] = new.to(latents.dtype)
+        c_kv, k_rope = self.seen(layer, time).split(self.widths, -1)
+        return c_kv, k_rope
+
+    def seen(self, layer: int, time: int) -> Tensor:
+        """[B, S, C + R] of a layer up to the last of the `time` tokens just written; a view."""
+        return self.latents[layer][:, : self.longest + time]
+
+    def later(self, time: int) -> Tensor | None:
+        """[B, T, S] to add to the scores of the next `time` tokens: -inf where a key comes later; None: none does."""
+        if time == 1 and self.shortest == self.longest:
+            return None
+        if time not in self._later:
+            place = torch.arange(self.longest + time, device=self.lengths.device)
+            later = place > self.positions(time).unsqueeze(-1)
+            zeros = torch.zeros(later.shape, dtype=self.latents[0].dtype, device=later.device)
+            self._later[time] = zeros.masked_fill_(later, float("-inf"))
+        return self._later[time]
 
     def advance(self, tokens: int | Tensor) -> None:
         """Count new tokens: one number, or one for each sequence ([B]; ragged prompts)."""
-        self.lengths = self.lengths + tokens
-        self.longest = self.longest + tokens if isinstance(tokens, int) else int(self.lengths.max())
+        if isinstance(tokens, int):
+            self.lengths = self.lengths + tokens
+            self.longest, self.shortest, self._later = self.longest + tokens, self.shortest + tokens, {}
+        else:
+            self._count(self.lengths + tokens)
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what lies past `lengths` [B] (rejected drafts)."""
-        self.lengths = torch.minimum(self.lengths, lengths)
-        self.longest = int(self.lengths.max())
+        self._count(torch.minimum(self.lengths, lengths))
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these sequences (row numbers), in this order."""
-        self.c_kv = [c[rows] for c in self.c_kv]
-        self.k_rope = [k[rows] for k in self.k_rope]
-        self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max()) if len(rows) else 0
+        self.latents = [latents[rows] for latents in self.latents]
+        self._count(self.lengths[rows])
+
+    def _count(self, lengths: Tensor) -> None:
+        bounds = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+        self.lengths, (self.shortest, self.longest), self._later = lengths, bounds, {}

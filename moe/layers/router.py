@@ -8,7 +8,8 @@
 A group's strength is the sum of its two best biased scores (V3) or its best score (softmax, V2); experts of other
 groups score -inf, not 0, or a negative bias would let them in.
 
-Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2, equations 12-16; sequence-wise loss: equations 17-20.
+Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2, equations 12-16; sequence-wise loss: equations 17-20; batch-wise
+loss: section 4.5.3. The latter knows one forward pass: with micro-batches or ranks it balances each, and averages.
 Not here: how the bias moves (balance.py), where tokens travel (ops.experts).
 """
 
@@ -25,7 +26,7 @@ SAMPLE = 1024  # tokens of a batch that the health statistics look at: enough fo
 
 
 class Router(nn.Module):
-    """[..., D] -> Routing. `seq_aux_alpha` weighs the sequence-wise loss, made in training only."""
+    """[..., D] -> Routing. `seq_aux_alpha`, `batch_aux_alpha`: weights of the losses made in training only."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Router(nn.Module):
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
         seq_aux_alpha: float = 0.0,
+        batch_aux_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         check_routing(n_routed_experts, num_experts_per_tok, n_group, topk_group, norm_topk_prob)
@@ -46,7 +48,7 @@ class Router(nn.Module):
         self.n_experts, self.k = n_routed_experts, num_experts_per_tok
         self.n_group, self.topk_group = n_group, topk_group
         self.scoring_func, self.norm, self.scaling = scoring_func, norm_topk_prob, routed_scaling_factor
-        self.seq_aux_alpha = seq_aux_alpha
+        self.seq_aux_alpha, self.batch_aux_alpha = seq_aux_alpha, batch_aux_alpha
         self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
         self.register_buffer("bias", torch.zeros(n_routed_experts, dtype=torch.float32))
@@ -55,7 +57,7 @@ class Router(nn.Module):
     def from_config(cls, c: ModelConfig) -> Router:
         return cls(
             c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group, c.scoring_func,
-            c.norm_topk_prob, c.routed_scaling_factor, c.seq_aux_alpha,
+            c.norm_topk_prob, c.routed_scaling_factor, c.seq_aux_alpha, c.aux_alpha if c.balance == "aux" else 0.0,
         )  # fmt: skip
 
     def _apply(self, fn, recurse: bool = True):
@@ -88,7 +90,7 @@ class Router(nn.Module):
             chosen = self.choose(s.detach(), self.bias)
             gates = s.gather(1, chosen)
         else:  # a recorded id outside [0, E) is no expert: no gate, and no part in the others' sum
-            chosen = replay.reshape(-1, self.k)
+            chosen = replay.reshape(-1, self.k).long()
             gates = s.gather(1, chosen.clamp(0, self.n_experts - 1)) * ((chosen >= 0) & (chosen < self.n_experts))
         if self.norm:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
@@ -101,8 +103,12 @@ class Router(nn.Module):
         if self.training:
             if self.seq_aux_alpha > 0:
                 losses["seq_aux"] = self.seq_aux_alpha * self._sequence_loss(s, x.shape, mask)
+            if self.batch_aux_alpha > 0:  # section 4.5.3: all tokens of the pass as one sequence
+                losses["batch_aux"] = self.batch_aux_alpha * self._sequence_loss(s, s.shape, mask)
             stats = self._health(s.detach(), chosen)
-        inside = torch.where((chosen >= 0) & (chosen < self.n_experts), chosen, self.n_experts)
+        inside = chosen
+        if valid is not None or replay is not None:
+            inside = torch.where((chosen >= 0) & (chosen < self.n_experts), chosen, self.n_experts)
         ones = torch.ones_like(inside.reshape(-1))
         counts = ones.new_zeros(self.n_experts + 1).scatter_add_(0, inside.reshape(-1), ones)[: self.n_experts]
         shape = x.shape[:-1]

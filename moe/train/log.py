@@ -368,13 +368,20 @@ def entry(main: Callable[[], None]) -> None:
             raise SystemExit(_end(f"error: {' '.join(str(error).split())}", 2)) from None
         except KeyboardInterrupt:
             raise SystemExit(_end("interrupted; the same command with the same run.dir resumes", 130)) from None
+        except RuntimeError as error:
+            if not parallel.lost_peer(error):
+                raise
+            text = f"error: another rank is gone ({next(iter(str(error).splitlines()), '')[:100]}); look for its own "
+            # the first rank may be the one that is gone
+            code = _end(text + "message; the same command resumes from the last checkpoint", 1, tellers=(0, 1))
+            raise SystemExit(code) from None
 
     parallel.record(guarded)()
 
 
-def _end(text: str, code: int) -> int:
+def _end(text: str, code: int, tellers: tuple[int, ...] = (0,)) -> int:
     sys.stdout.flush()
-    if is_leader():
+    if int(os.environ.get("RANK") or 0) in tellers:
         print(text, file=sys.stderr, flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:  # torchrun's table then shows the line, also if it is not rank 0 that failed

@@ -164,3 +164,8 @@ def test_many_steps_are_averaged_in_parts_that_lose_none():
     x, y = chart._binned(list(range(1000)), [float(v) for v in range(1000)], 60)
     assert len(x) == 60 and x == y and abs(sum(y) / 60 - 499.5) < 1
     assert chart._binned([1, 2], [3.0, 4.0], 60) == ([1, 2], [3.0, 4.0])
+
+
+def test_seed_bands_without_tokens_run_over_steps(tmp_path):
+    runs = [[{"step": s, "reward": s / 9} for s in range(1, 9)]] * 2
+    assert "<!-- step -->" in text_of(chart.seed_bands({"a": runs}, "reward", tmp_path / "a.svg", "t"))

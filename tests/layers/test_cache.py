@@ -36,6 +36,35 @@ def test_ragged_writes_land_at_each_sequences_end():
     assert cache.c_kv[0].eq(0).all()  # the other layer is untouched
 
 
+def test_latent_and_rotary_key_of_a_token_lie_side_by_side_and_are_written_in_place():
+    cache = LatentCache(2, 2, 6, 3, 2)
+    at = [latents.data_ptr() for latents in cache.latents]
+    write(cache, 0, 2, 4, 1.0)
+    cache.advance(4)
+    c, k = write(cache, 0, 2, 1, 2.0)
+    assert [latents.data_ptr() for latents in cache.latents] == at == [c.data_ptr(), cache.latents[1].data_ptr()]
+    assert torch.equal(cache.seen(0, 1), torch.cat((c, k), -1)) and cache.seen(0, 1).shape == (2, 5, 5)
+    assert cache.latents[0][0, 4].tolist() == [2, 2, 2, -2, -2]
+
+
+@pytest.mark.parametrize("lengths, time", [([3, 3], 2), ([1, 3], 1), ([0, 2], 3), ([2, 2], 1)])
+def test_keys_that_come_later_are_hidden_from_each_query(lengths, time):
+    cache = LatentCache(1, 2, 9, 3, 2)
+    cache.advance(torch.tensor(lengths))
+    hidden = cache.later(time)
+    expected = [
+        [[-torch.inf if key > length + t else 0.0 for key in range(max(lengths) + time)] for t in range(time)]
+        for length in lengths
+    ]
+    if lengths == [2, 2] and time == 1:
+        assert hidden is None  # nobody has anything to hide
+    else:
+        assert hidden.tolist() == expected
+        assert cache.later(time) is hidden  # made once for all layers
+        cache.advance(1)
+        assert cache.later(time) is None or cache.later(time).shape[2] == hidden.shape[2] + 1
+
+
 def test_cache_refuses_more_than_it_holds():
     cache = LatentCache(1, 1, 4, 3, 2)
     write(cache, 0, 1, 3, 1.0)
@@ -51,7 +80,7 @@ def test_truncated_tokens_are_written_over():
     write(cache, 0, 2, 4, 1.0)
     cache.advance(torch.tensor([4, 2]))
     cache.truncate(torch.tensor([3, 9]))
-    assert cache.lengths.tolist() == [3, 2] and cache.longest == 3
+    assert cache.lengths.tolist() == [3, 2] and (cache.longest, cache.shortest) == (3, 2)
     c, _ = write(cache, 0, 2, 1, 7.0)
     assert c[0, :, 0].tolist() == [1, 1, 1, 7] and c[1, :, 0].tolist() == [1, 1, 7, 1]
 

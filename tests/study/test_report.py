@@ -78,7 +78,7 @@ def test_the_report_carries_what_is_needed_to_repeat_and_to_doubt_it(study):
     text = write(study)
     for part in (
         "Which way is up?", "`python recipes/ablate.py config=toy.yaml`", "abc", "`model.balance=\"aux\"`", "What came later.",
-        "## What this cannot tell", "## Cost", "3 seed(s)", study.cells[0].folder.name, "data: {\"seq_len\": 32}",
+        "## What this cannot tell", "## Cost", "the noise is measured with 3 seeds alone", study.cells[0].folder.name, "data: {\"seq_len\": 32}",
     ):  # fmt: skip
         assert part in text, part
     assert "report_only" not in text

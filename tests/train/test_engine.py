@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     (found / "extensions").mkdir()
     environment = {
         **os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "CXX": "/nowhere",
-        "TORCH_EXTENSIONS_DIR": str(found / "extensions"),
+        "PYTHONFAULTHANDLER": "1", "TORCH_EXTENSIONS_DIR": str(found / "extensions"),
     }  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(HERE / "zero_worker.py"), str(found), str(SEED)]

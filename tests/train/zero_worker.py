@@ -190,6 +190,7 @@ def main():
         }
         if ranks.first:
             (folder / "rest.json").write_text(json.dumps(rest))
+        ranks.barrier()  # nobody hangs up while another still writes
 
 
 if __name__ == "__main__":
