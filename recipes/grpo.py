@@ -38,7 +38,7 @@ def main() -> None:
     with parallel.session(cfg.train) as ranks:
         task = make_task(cfg)
         tokenizer = make_tokenizer(cfg, task, cfg.run.init)
-        room = answer_room(cfg, task, tokenizer)
+        room = answer_room(cfg, task, tokenizer, ranks.world)
         start = cold_start(cfg, task, tokenizer, SFT, run_dir, ranks)
         objective = OBJECTIVES["grpo"].from_config(make_model(cfg, start), cfg.grpo, room)
         engine = engines.build(objective, cfg.optim, cfg.train, ranks)

@@ -21,6 +21,7 @@ from typing import Any
 
 from moe.config.knobs import UserError, nearest
 from moe.config.model import PRESETS, ModelConfig
+from moe.config.recipes import Recipe
 
 PSEUDO = {  # keys that fill the model section instead of standing in it
     "model.preset": ("tiny", f"start from a named model: {', '.join(PRESETS)}"),
@@ -32,7 +33,7 @@ InitModel = Callable[[str], dict[str, Any]]
 
 
 def load(
-    schema: type, argv: list[str] | None = None, default_file: str | None = None, init_model: InitModel | None = None
+    schema: type[Recipe], argv: list[str] | None = None, default_file: str | None = None, init_model: InitModel | None = None
 ) -> Any:
     """Resolve one configuration from `config=FILE` and dotted `key=value` arguments; see the module docstring.
 
@@ -60,20 +61,20 @@ def load(
         else:
             overrides.append((key, value))
     raw: dict[str, Any] = {}
-    for layer in _read_yaml(file) if file else []:
-        _merge(raw, layer)
-    types_by_key = _leaf_types(schema)
+    for layer in read_yaml(file) if file else []:
+        merge(raw, layer)
+    types_by_key = leaf_types(schema)
     for key, value in overrides:
-        _merge(raw, _nest(key, _parse(key, value, types_by_key)))
+        merge(raw, nest(key, parse_value(key, value, types_by_key)))
     return resolve(schema, raw, init_model)
 
 
-def resolve(schema: type, raw: dict[str, Any], init_model: InitModel | None = None) -> Any:
+def resolve(schema: type[Recipe], raw: dict[str, Any], init_model: InitModel | None = None) -> Any:
     """Nested plain values -> a checked instance of `schema`. `raw["model"]` may hold `preset` and `dense_twin`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = _leaf_types(schema)
+    known = leaf_types(schema)
     raw = json.loads(json.dumps(raw))  # a private copy
     _check_keys(raw, known)
     model = dict(raw.get("model") or {})
@@ -124,7 +125,7 @@ def differences(a: dict, b: dict) -> list[str]:
     return [f"{k}: {left.get(k)} -> {right.get(k)}" for k in keys if left.get(k) != right.get(k)]
 
 
-def describe(schema: type, default_file: str | None = None) -> str:
+def describe(schema: type[Recipe], default_file: str | None = None) -> str:
     """The text of `--help`: every knob with its default, type and meaning."""
     defaults = load(schema, [], default_file) if default_file else schema()
     lines = ["usage: RECIPE [config=FILE] [key=value ...] [--dry-run] [--help]", ""]
@@ -155,7 +156,7 @@ def _show(value: Any) -> str:
     return json.dumps(value).replace(" ", "")
 
 
-def _read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
+def read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
     """The file's parents first, then the file itself."""
     import yaml
 
@@ -176,7 +177,7 @@ def _read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
     if not isinstance(content, dict):
         raise UserError(f"config file {file} must hold sections such as 'model:' and 'train:'")
     base = content.pop("base", None)
-    parents = _read_yaml(os.path.join(os.path.dirname(path), base), (*seen, path)) if base else []
+    parents = read_yaml(os.path.join(os.path.dirname(path), base), (*seen, path)) if base else []
     return [*parents, _expand_dots(content)]
 
 
@@ -196,20 +197,20 @@ def _expand_dots(content: dict) -> dict:
     """YAML may write `train.steps: 5` at the top level as well as nested sections."""
     result: dict[str, Any] = {}
     for key, value in content.items():
-        _merge(result, _nest(str(key), value))
+        merge(result, nest(str(key), value))
     return result
 
 
-def _nest(key: str, value: Any) -> dict:
+def nest(key: str, value: Any) -> dict:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def _merge(into: dict, layer: dict) -> None:
+def merge(into: dict, layer: dict) -> None:
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict) and key != "rope_scaling":
-            _merge(into[key], value)
+            merge(into[key], value)
         else:
             into[key] = value
 
@@ -223,7 +224,7 @@ def _leaves(values: dict, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _leaf_types(schema: type) -> dict[str, Any]:
+def leaf_types(schema: type[Recipe]) -> dict[str, Any]:
     """Dotted key -> annotation, for every knob of every section."""
     result: dict[str, Any] = {}
     hints = typing.get_type_hints(schema)
@@ -259,7 +260,7 @@ def _check_keys(raw: dict, known: dict[str, Any]) -> None:
             raise UserError(f"{key} is not a knob{hint} (--help lists them all)")
 
 
-def _parse(key: str, text: str, known: dict[str, Any]) -> Any:
+def parse_value(key: str, text: str, known: dict[str, Any]) -> Any:
     """A command-line value, read by the knob's type so that strings stay strings and 1e3 may be an integer."""
     import yaml
 

@@ -168,6 +168,7 @@ class GenerateConfig(Section):
 # ------------------------------------------------------------------------------------------------------------- schemas
 
 
+@dataclass
 class Recipe(Section):
     """Base of the schemas. `aliases`: short words of the command line; `unused`: knobs of shared sections that mean
     nothing here, so that a value for one is refused and none is shown."""

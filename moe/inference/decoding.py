@@ -109,7 +109,7 @@ def _decode(
             cache.keep(kept)
             active = [active[row] for row in going]
             rows, chosen, sampling = rows[kept], chosen[kept], sampling._replace(keys=sampling.keys[kept])
-        with _light_products(len(active) == 1 and cache.longest < 512):
+        with _light_products(len(active) == 1):
             hidden, routings = model.encode(chosen.unsqueeze(1), cache=cache)
         if record:
             record.write(routings, rows, cache.positions(1))
@@ -141,7 +141,7 @@ def _prefill(
 @contextmanager
 def _light_products(wanted: bool) -> Iterator[None]:
     """oneDNN sets a bf16 product up for longer than a single row of it takes (18 against 12 us, measured): there
-    PyTorch's own kernels answer, with the same fp32 sums. Not over long contexts, which only oneDNN reads fast."""
+    PyTorch's own kernels answer, with the same fp32 sums."""
     before = torch.backends.mkldnn.set_flags(False)[0] if wanted else None
     try:
         yield

@@ -96,11 +96,11 @@ class MLA(nn.Module):
     def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] -> nope and rope channels [..., H, .] of each head, not rotated yet."""
         q = self.q_b(self.q_a_norm(self.q_a(x))) if self.q_lora_rank else self.q(x)
-        return q.view(*x.shape[:-1], self.heads, self.nope + self.rope).split([self.nope, self.rope], -1)
+        return q.view(*x.shape[:-1], self.heads, self.nope + self.rope).split_with_sizes([self.nope, self.rope], -1)
 
     def _latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] -> c_kv [..., C] and the shared rotary key [..., 1, R], not rotated yet."""
-        c_kv, k_rope = self.kv_a(x).split([self.kv_lora_rank, self.rope], -1)
+        c_kv, k_rope = self.kv_a(x).split_with_sizes([self.kv_lora_rank, self.rope], -1)
         return self.kv_a_norm(c_kv), k_rope.unsqueeze(-2)
 
     def _expanded(
@@ -127,19 +127,25 @@ class MLA(nn.Module):
         x = x.flatten(0, 1)
         (q_nope, q_rope), (c_kv, k_rope) = self._query(x), self._latent(x)
         rotated = rotate(torch.cat((q_rope, k_rope), 1).unflatten(0, (batch, time)), cos, sin)
-        q_rope, k_rope = rotated.split([self.heads, 1], 2)
+        q_rope, k_rope = rotated.split_with_sizes([self.heads, 1], 2)
         cache.write(layer, c_kv.view(batch, time, -1), k_rope.squeeze(2))
-        latents = cache.seen(layer, time).to(x.dtype)
+        # a single bf16 row: oneDNN's set-up costs more than the conversion (decoding.py), and without it fp32 is faster
+        dtype = torch.float32 if _on_onednn(x) and len(x) == 1 else x.dtype
+        latents = cache.seen(layer, time).to(dtype)
 
-        w_uk, w_uv = self.kv_b.weight.view(self.heads, -1, self.kv_lora_rank).split([self.nope, self.v], 1)
+        w_uk, w_uv = self.kv_b.weight.view(self.heads, -1, self.kv_lora_rank).split_with_sizes([self.nope, self.v], 1)
         query = torch.cat((_by_head(q_nope, w_uk).view(batch, time, self.heads, -1), q_rope), -1).flatten(1, 2)
-        s = _scores(query, latents).mul_(self.scale)
+        s = _scores(query.to(dtype), latents).mul_(self.scale)
         later = cache.later(time)
         if later is not None:
             s.view(batch, time, self.heads, -1).add_(later.unsqueeze(2))
         z = torch.bmm(s.softmax(-1), latents[..., : self.kv_lora_rank])
-        o = _by_head(z.view(batch * time, self.heads, -1), w_uv.mT)
+        o = _by_head(z.view(batch * time, self.heads, -1).to(x.dtype), w_uv.mT)
         return self.o(o.flatten(1)).view(batch, time, -1)
+
+
+def _on_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def _by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
     """[B, M, W], [B, S, W] -> contiguous [B, M, S]."""
-    if query.dtype == torch.bfloat16:  # oneDNN copies its right operand, so the many keys stand left: 2-3 times faster
+    if _on_onednn(query):  # it copies its right operand, so the many keys stand left: 2-3 times faster (measured)
         return torch.bmm(keys, query.mT).mT.contiguous()
     return torch.bmm(query, keys.mT)
 

@@ -73,7 +73,7 @@ class LatentCache:
         else:
             batch = torch.arange(c_kv.shape[0], device=c_kv.device).unsqueeze(1)
             latents[batch, self.positions(time)] = new.to(latents.dtype)
-        c_kv, k_rope = self.seen(layer, time).split(self.widths, -1)
+        c_kv, k_rope = self.seen(layer, time).split_with_sizes(self.widths, -1)
         return c_kv, k_rope
 
     def seen(self, layer: int, time: int) -> Tensor:

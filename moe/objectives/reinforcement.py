@@ -39,10 +39,8 @@ class Samples(NamedTuple):
 
     def rows(self, at: Tensor | slice) -> Samples:
         """These samples alone."""
-        parts = (
-            None if t is None else {k: v[at] for k, v in t.items()} if isinstance(t, dict) else t[at] for t in self
-        )
-        return Samples(*parts)
+        cut: dict[str, Any] = {k: v if v is None else v[at] for k, v in self._asdict().items() if k != "routings"}
+        return Samples(**cut, routings={name: chosen[at] for name, chosen in self.routings.items()})
 
 
 class PolicyLosses(NamedTuple):

@@ -55,8 +55,8 @@ def rollout(
     logp = torch.zeros(len(many), max(longest - 1, 0))
     logp[answer[:, 1:]] = torch.tensor([lp for row in drawn.logprobs for lp in row])
     ended = [bool(new) and new[-1] == tokenizer.eos for new in drawn.tokens]
-    tensors = (torch.tensor(rows), answer, valid, logp)
-    return Rollouts(*(t.to(device) for t in tensors), drawn.routings, drawn.tokens, [not done for done in ended])
+    tokens, answer, valid, logp = (t.to(device) for t in (torch.tensor(rows), answer, valid, logp))
+    return Rollouts(tokens, answer, valid, logp, drawn.routings, drawn.tokens, [not done for done in ended])
 
 
 def sample_seed(*place: int) -> int:

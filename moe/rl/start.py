@@ -30,9 +30,11 @@ from moe.train.pretrained import load_model
 from moe.train.run_folder import finished
 
 
-def answer_room(cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer) -> int:
+def answer_room(cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer, world: int = 1) -> int:
     """Longest answer in tokens; and everything about prompts and rewards that can be told before a model is built."""
     g = cfg.grpo
+    if g.prompts < world:
+        raise UserError(f"grpo.prompts={g.prompts} is less than the {world} ranks; raise it, or start fewer")
     if g.reward not in REWARDS:
         raise UserError(f"grpo.reward={g.reward!r} is not one of {list(REWARDS)}{nearest(g.reward, REWARDS)}")
     check_fits(tokenizer, cfg.model.vocab_size, cfg.run.init or "the task's characters")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe.config import PretrainConfig, Section, UserError, fingerprint, knob, nearest, resolve
-from moe.config.load import _leaf_types, _merge, _nest, _parse, _read_yaml
+from moe.config.load import leaf_types, merge, nest, parse_value, read_yaml
 from moe.config.recipes import FinetuneConfig, GrpoRecipe, Recipe
 from moe.model import Transformer
 from moe.objectives import Pretraining
@@ -169,12 +169,12 @@ def _gather(argv: list[str]) -> dict[str, Any]:
     if len(files) != 1:
         raise UserError("name one study: config=recipes/ablations/balance.yaml")
     raw: dict[str, Any] = {}
-    for layer in _read_yaml(files[0]):
-        _merge(raw, layer)
+    for layer in read_yaml(files[0]):
+        merge(raw, layer)
     recipe = str((raw.get("study") or {}).get("recipe", "pretrain"))
-    types = _leaf_types(StudySchema) | _leaf_types(SCHEMAS.get(recipe, PretrainConfig))
+    types = leaf_types(StudySchema) | leaf_types(SCHEMAS.get(recipe, PretrainConfig))
     for key, value in pairs:
-        _merge(raw, _nest(key, _parse(key, value, types)))
+        merge(raw, nest(key, parse_value(key, value, types)))
     return raw
 
 
@@ -224,8 +224,8 @@ def _cells(
     seen: dict[str, str] = {}
     for seed, (arm, changes) in itertools.product(seeds, arms.items()):
         values: dict[str, Any] = {"train": {"threads": settings.threads}}
-        for layer in (shared, *(_nest(str(key), value) for key, value in changes.items()), {"train": {"seed": seed}}):
-            _merge(values, json.loads(json.dumps(layer)))
+        for layer in (shared, *(nest(str(key), value) for key, value in changes.items()), {"train": {"seed": seed}}):
+            merge(values, json.loads(json.dumps(layer)))
         try:
             config = resolve(SCHEMAS[settings.recipe], values, model_values)
             _check(config)

@@ -16,7 +16,7 @@ import torch
 from moe.analysis import chart
 from moe.analysis.ceiling import Peak, peak_flops
 from moe.config import FinetuneConfig, UserError, nearest
-from moe.data.samples import SampleCorpus, prepare_samples
+from moe.data.samples import prepare_samples
 from moe.data.tasks import TASKS, Task
 from moe.data.tokenizer import Tokenizer, check_fits
 from moe.files import replace
@@ -63,9 +63,7 @@ def make_model(cfg: Any, start: str | Path | None) -> Transformer:
 
 
 class Finetuner(Trainer):
-    """A Trainer that also solves held-out problems of its corpus's task."""
-
-    corpus: SampleCorpus
+    """A Trainer on a SampleCorpus that also solves held-out problems of its task."""
 
     def train_step(self) -> dict[str, Any]:
         record, s = super().train_step(), self.cfg.sft

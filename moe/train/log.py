@@ -371,10 +371,8 @@ def entry(main: Callable[[], None]) -> None:
         except RuntimeError as error:
             if not parallel.lost_peer(error):
                 raise
-            text = f"error: another rank is gone ({next(iter(str(error).splitlines()), '')[:100]}); look for its own "
-            # the first rank may be the one that is gone
-            code = _end(text + "message; the same command resumes from the last checkpoint", 1, tellers=(0, 1))
-            raise SystemExit(code) from None
+            text = "error: another rank is gone; look for its own message; the same command resumes from the last checkpoint"
+            raise SystemExit(_end(text, 1, tellers=(0, 1))) from None  # the first rank may be the one that is gone
 
     parallel.record(guarded)()
 

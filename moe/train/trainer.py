@@ -16,6 +16,7 @@ from torch import Tensor
 from moe.analysis import diagnostics, planner
 from moe.config import PretrainConfig, value_at
 from moe.data import Corpus
+from moe.data.samples import SampleCorpus
 from moe.layers.balance import State, routers
 from moe.objectives import count_targets
 from moe.parallel import Ranks
@@ -31,10 +32,11 @@ class Trainer(Loop):
     """The loop over a corpus's rows: `cfg.train.batch_tokens` a step, over all ranks."""
 
     def __init__(
-        self, cfg: PretrainConfig, ranks: Ranks, folder: RunFolder, corpus: Corpus, engine: Engine, peak_flops: float
-    ) -> None:
+        self, cfg: PretrainConfig, ranks: Ranks, folder: RunFolder, corpus: Corpus | SampleCorpus, engine: Engine,
+        peak_flops: float,
+    ) -> None:  # fmt: skip
         super().__init__(cfg, ranks, folder, engine)
-        self.corpus = corpus
+        self.corpus: Any = corpus
         self.routers = routers(self.model)
         self.mfu_a_token = planner.mfu_flops(cfg.model, cfg.data.seq_len) / (peak_flops * ranks.world)
         self.health = diagnostics.HealthCheck(cfg.model)

@@ -88,8 +88,9 @@ def test_stages_agree_with_one_process_and_a_killed_rank_loses_nothing(text, tmp
     began = time.monotonic()
     out, err = finish(two, 60)
     assert time.monotonic() - began < 60 and two.returncode != 0
-    assert "error: another rank is gone" in err and "resumes from the last checkpoint" in err, err
-    assert "Traceback" not in err, err
+    ours = err.split("torch/distributed")[0]  # before the launcher's own table
+    assert "error: another rank is gone" in ours and "resumes from the last checkpoint" in ours, err
+    assert "Traceback" not in ours, err
 
     rest = launch(tmp_path / "two", text, "train.zero_stage=2", ranks=1)
     out, err = finish(rest)
