@@ -149,7 +149,7 @@ GATHER = 24 << 20  # bytes of gathered weights up to which copying them beats a 
 
 
 def experts_are_few(w13: Tensor, w2: Tensor, choices: int) -> bool:
-    return choices * (w13[0].numel() + w2[0].numel()) * w13.element_size() <= GATHER
+    return choices * (w13.numel() + w2.numel()) // w13.shape[0] * w13.element_size() <= GATHER
 
 
 def experts_of_few(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -161,12 +161,12 @@ def experts_of_few(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: T
     width = w2.shape[2]
     ids = experts.reshape(-1)
     inside = ids.clamp(0, w13.shape[0] - 1)
-    weight = w13.index_select(0, inside).view(n, k * 2 * width, -1)
+    weight = w13.index_select(0, inside).view(n, k * 2 * width, x.shape[1])
     # rows on the left: products with a column on the right are several times slower
     gate, up = torch.bmm(x.unsqueeze(1), weight.mT).view(n * k, 1, 2 * width).chunk(2, -1)
     a = F.silu(gate).mul_(up).mul_(gates.reshape(-1, 1, 1).to(x.dtype))
     y = torch.bmm(a, w2.index_select(0, inside).mT)
-    return y.masked_fill_((ids != inside).view(-1, 1, 1), 0).view(n, k, -1).sum(1)
+    return y.masked_fill_((ids != inside).view(-1, 1, 1), 0).view(n, k, x.shape[1]).sum(1)
 
 
 def experts_backward(
