@@ -154,8 +154,8 @@ class Transformer(nn.Module):
                 continue
             if active and name == "embed.weight" and not c.tie_word_embeddings:
                 continue
-            routed = active and ".experts." in name
-            total += p.numel() * c.num_experts_per_tok // c.n_routed_experts if routed else p.numel()
+            routed, size = active and ".experts." in name, getattr(p, "ds_numel", p.numel())  # ZeRO-3: p is a shard
+            total += size * c.num_experts_per_tok // c.n_routed_experts if routed else size
         return total
 
 

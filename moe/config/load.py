@@ -33,7 +33,10 @@ InitModel = Callable[[str], dict[str, Any]]
 
 
 def load(
-    schema: type[Recipe], argv: list[str] | None = None, default_file: str | None = None, init_model: InitModel | None = None
+    schema: type[Recipe],
+    argv: list[str] | None = None,
+    default_file: str | None = None,
+    init_model: InitModel | None = None,
 ) -> Any:
     """Resolve one configuration from `config=FILE` and dotted `key=value` arguments; see the module docstring.
 

@@ -69,7 +69,15 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     section = "parallel"
 
-    expert_parallel_size: int = knob(1, "ranks that share one set of experts", choices=[1])
+    expert_parallel_size: int = knob(1, "ranks that share one set of experts; only 1 so far", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expert_parallel_size > 1:
+            raise UserError(
+                f"parallel.expert_parallel_size={self.expert_parallel_size}: experts cannot be spread over ranks yet; "
+                "set it to 1, and train.zero_stage=3 where one GPU cannot hold them"
+            )
 
 
 @dataclass
@@ -146,9 +154,7 @@ class GrpoConfig(Section):
     mask_truncated: bool = knob(False, "answers cut at max_new_tokens count neither in the loss nor in its divisor")
     eval_samples: int = knob(8, "answers for each of half the held-out problems, for pass@1 and pass@k", ge=1)
     show: int = knob(3, "prompts shown with answers and rewards at each evaluation", ge=0)
-    cold_start: float = knob(
-        0.25, "pass@1 to start from; a model below it is fine-tuned first; 0: never", ge=0, le=1
-    )
+    cold_start: float = knob(0.25, "pass@1 to start from; a model below it is fine-tuned first; 0: never", ge=0, le=1)
 
 
 @dataclass

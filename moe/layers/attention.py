@@ -6,7 +6,8 @@
     o = softmax([q_nope; q_rope] . [k_nope; k_rope] * scale) v,   scale = (nope + rope)^-1/2, YaRN's m^2 on top
 
 Two forms, equal in exact arithmetic. Expanded (training, prefill): keys and values are made for every head. Absorbed
-(decoding): W_UK moves to the query and W_UV to the output, so that attention runs over the cached latents themselves.
+(decoding): W_UK moves to the query and W_UV to the output, so that attention runs over the cached latents themselves;
+`MLA.absorb` multiplies these products out once for each cache, and no gradient reaches the weights through them.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.1, equations 1-11; the latent norms are told in section 4.2; absorbed
 form: DeepSeek-V2 (arXiv 2405.04434) appendix C.
@@ -14,13 +15,27 @@ form: DeepSeek-V2 (arXiv 2405.04434) appendix C.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
 from moe.config import ModelConfig, UserError
 from moe.layers.basics import RMSNorm, Rotary, rotate
 from moe.layers.cache import LatentCache
+
+
+class Absorbed(NamedTuple):
+    """What decoding multiplies by, one matrix for each place where a token's row is; see `MLA.absorb`."""
+
+    down: Tensor
+    """[Q + C + R, D]: W_DQ, W_DKV, W_KR. Without a query latent Q is absent."""
+    query: Tensor
+    """[H (C + R), Q or D]: each head's scale * W_UK^T W_UQ, then scale * W_QR."""
+    out: Tensor
+    """[D, H C]: each head's W_O W_UV."""
 
 
 class MLA(nn.Module):
@@ -47,6 +62,7 @@ class MLA(nn.Module):
             raise UserError(f"qk_rope_head_dim={qk_rope_head_dim} must be even: rotary positions turn pairs")
         self.heads, self.nope, self.rope, self.v = num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.q_lora_rank, self.kv_lora_rank = q_lora_rank, kv_lora_rank
+        self._down_widths = [*([q_lora_rank] if q_lora_rank else []), kv_lora_rank, qk_rope_head_dim]
         query = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank:
             self.q_a = nn.Linear(hidden_size, q_lora_rank, bias=False)
@@ -118,39 +134,69 @@ class MLA(nn.Module):
         o = ops.attention(q, k, v, self.scale, segment_ids)
         return self.o(o.reshape(batch, time, self.heads * self.v))
 
+    @torch.no_grad()
+    def absorb(self) -> Absorbed:
+        """Today's weights multiplied out, in fp32 or wider, then in their own dtype.
+
+            score = scale * ([W_UQ c_q] . [W_UK c_kv] + [W_QR c_q]_t . k_rope)      of one head; [.]_t: rotated
+                  = [scale * W_UK^T W_UQ c_q] . c_kv + [scale * W_QR c_q]_t . k_rope
+            W_O v = (W_O W_UV) z,   z = softmax(score) c_kv
+
+        The scale is in the query matrix, so scores are ready for the softmax.
+        """
+        up = self.q_b if self.q_lora_rank else self.q
+        dtype, wide = up.weight.dtype, torch.promote_types(up.weight.dtype, torch.float32)
+        w_q = up.weight.to(wide).view(self.heads, self.nope + self.rope, -1) * self.scale
+        w_kv = self.kv_b.weight.to(wide).view(self.heads, self.nope + self.v, self.kv_lora_rank)
+        w_uk, w_uv = w_kv.split_with_sizes([self.nope, self.v], 1)
+        query = torch.cat((w_uk.mT @ w_q[:, : self.nope], w_q[:, self.nope :]), 1).flatten(0, 1)
+        w_o = self.o.weight.to(wide).view(-1, self.heads, self.v).transpose(0, 1)
+        out = (w_o @ w_uv).transpose(0, 1).flatten(1)
+        down = torch.cat((self.q_a.weight, self.kv_a.weight)) if self.q_lora_rank else self.kv_a.weight
+        return Absorbed(down, query.to(dtype), out.to(dtype))
+
     def _absorbed(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, layer: int) -> Tensor:
         """Tokens attend to what the cache holds, and to themselves.
 
-        One token's time goes into calls, not into arithmetic: rows stay flat, queries and key are rotated together.
+        One token's time goes into calls, not into arithmetic: rows [B * T, .] stay flat, and the queries of all heads
+        stand beside the token's own key, so that one product rotates them all.
         """
         batch, time, _ = x.shape
-        x = x.flatten(0, 1)
-        (q_nope, q_rope), (c_kv, k_rope) = self._query(x), self._latent(x)
-        rotated = rotate(torch.cat((q_rope, k_rope), 1).unflatten(0, (batch, time)), cos, sin)
-        q_rope, k_rope = rotated.split_with_sizes([self.heads, 1], 2)
-        cache.write(layer, c_kv.view(batch, time, -1), k_rope.squeeze(2))
+        x, heads, width = x.flatten(0, 1), self.heads, self.kv_lora_rank + self.rope
+        if layer not in cache.absorbed:
+            cache.absorbed[layer] = self.absorb()
+        down, query, out = cache.absorbed[layer]
+
+        *c_q, c_kv, k_rope = F.linear(x, down).split_with_sizes(self._down_widths, 1)
+        q = F.linear(self.q_a_norm(c_q[0]) if c_q else x, query)
+        rows = torch.cat((q, self.kv_a_norm(c_kv), k_rope), 1).view(batch, time, heads + 1, width)
+        rope = rows[..., self.kv_lora_rank :]
+        rope.copy_(rope @ _turn(cos, sin, cache, rope.dtype))
+        q, key = rows.split_with_sizes([heads, 1], 2)
+        cache.append(layer, key.squeeze(2))
+
         # a single bf16 row: oneDNN's set-up costs more than the conversion (decoding.py), and without it fp32 is faster
         dtype = torch.float32 if _on_onednn(x) and len(x) == 1 else x.dtype
         latents = cache.seen(layer, time).to(dtype)
-
-        w_uk, w_uv = self.kv_b.weight.view(self.heads, -1, self.kv_lora_rank).split_with_sizes([self.nope, self.v], 1)
-        query = torch.cat((_by_head(q_nope, w_uk).view(batch, time, self.heads, -1), q_rope), -1).flatten(1, 2)
-        s = _scores(query.to(dtype), latents).mul_(self.scale)
+        s = _scores(q.reshape(batch, time * heads, width).to(dtype), latents)
         later = cache.later(time)
         if later is not None:
-            s.view(batch, time, self.heads, -1).add_(later.unsqueeze(2))
+            s.view(batch, time, heads, -1).add_(later.unsqueeze(2))
         z = torch.bmm(s.softmax(-1), latents[..., : self.kv_lora_rank])
-        o = _by_head(z.view(batch * time, self.heads, -1).to(x.dtype), w_uv.mT)
-        return self.o(o.flatten(1)).view(batch, time, -1)
+        return F.linear(z.view(batch * time, -1).to(x.dtype), out).view(batch, time, -1)
+
+
+def _turn(cos: Tensor, sin: Tensor, cache: LatentCache, dtype: torch.dtype) -> Tensor:
+    """[B or 1, T, R, R], or [R, R] for one: a row of R channels times this is the row rotated. Made once a step."""
+    if cache.turn is None or cache.turn[0] is not cos:
+        one = torch.eye(2 * cos.shape[-1], dtype=dtype, device=cos.device)
+        turn = rotate(one.view(1, 1, *one.shape), cos, sin)
+        cache.turn = cos, turn[0, 0] if turn.numel() == one.numel() else turn
+    return cache.turn[1]
 
 
 def _on_onednn(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def _by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """[N, H, n] times each head's [H, n, m] -> [N, H, m]."""
-    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1).contiguous()
 
 
 def _scores(query: Tensor, keys: Tensor) -> Tensor:

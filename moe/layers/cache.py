@@ -2,10 +2,15 @@
 
     latents  L x [B, S, C + R]   c_kv, the normalised latent (key and value in one), then k_rope, the rotated key all share
 
-One tensor a layer, allocated once and written in place: attention reads it where it lies. (C + R) numbers a token and layer: 576 in DeepSeek-V3 against 32,768 for full keys and values (DeepSeek-V2, table 1).
+One tensor a layer, allocated once and written in place: attention reads it where it lies. (C + R) numbers a token and
+layer: 576 in DeepSeek-V3 against 32,768 for full keys and values (DeepSeek-V2, table 1). Beside them lies what the layers
+make once instead of at every step: absorbed weights, which live as long as the cache and so are never older than its
+latents, and what all layers of a step share.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +36,9 @@ class LatentCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
         self.longest = self.shortest = 0  # of lengths, kept on the host so that no step waits for the device
+        self.absorbed: dict[int, Any] = {}  # by layer: weights as its attention multiplies by them
         self._later: dict[int, Tensor] = {}  # see `later`; made once a step, read by every layer
+        self.turn: tuple[Tensor, Tensor] | None = None  # a step's cosines, and the rotation attention made from them
 
     @classmethod
     def for_model(cls, config, batch: int, capacity: int, dtype=torch.float32, device="cpu") -> LatentCache:
@@ -64,17 +71,22 @@ class LatentCache:
         Lengths move only with `advance`, so rows of padding are overwritten by the next tokens.
         """
         time = c_kv.shape[1]
+        self.append(layer, torch.cat((c_kv, k_rope), -1))
+        c_kv, k_rope = self.seen(layer, time).split_with_sizes(self.widths, -1)
+        return c_kv, k_rope
+
+    def append(self, layer: int, new: Tensor) -> None:
+        """Store [B, T, C + R], latent and rotary key side by side, at each sequence's end."""
+        time = new.shape[1]
         end = self.longest + time
         if end > self.capacity:
             raise ValueError(f"cache of {self.capacity} tokens cannot hold {end}; make it with a larger capacity")
-        latents, new = self.latents[layer], torch.cat((c_kv, k_rope), -1).detach()
+        latents, new = self.latents[layer], new.detach()
         if self.shortest == self.longest:
             latents[:, self.longest : end] = new
         else:
-            batch = torch.arange(c_kv.shape[0], device=c_kv.device).unsqueeze(1)
+            batch = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
             latents[batch, self.positions(time)] = new.to(latents.dtype)
-        c_kv, k_rope = self.seen(layer, time).split_with_sizes(self.widths, -1)
-        return c_kv, k_rope
 
     def seen(self, layer: int, time: int) -> Tensor:
         """[B, S, C + R] of a layer up to the last of the `time` tokens just written; a view."""

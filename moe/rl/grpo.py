@@ -11,7 +11,6 @@ Not here: losses (objectives/policy.py), the cold start (train/finetune.py), ext
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections import Counter
@@ -60,9 +59,11 @@ class Grpo(Loop):
         self.task, self.tokenizer, self.room = task, tokenizer, room
         self.held_out = task.held_out()
         self.objective.eval()  # no auxiliary losses, no statistics: the router's balance is not trained here
-        self.reference = None
-        if cfg.grpo.beta > 0:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        self.reference: Transformer | None = None
+        if cfg.grpo.beta > 0:  # a new module and not a copy: the engine may have hooks on the trained one
+            self.reference = Transformer(cfg.model).to(ranks.device, engine.dtype).eval().requires_grad_(False)
+            with engine.gathered() as model:
+                self.reference.load_state_dict(model.state_dict())
 
     # ----------------------------------------------------------------------------------------------------------- step
 

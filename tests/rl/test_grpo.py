@@ -181,16 +181,27 @@ def test_a_start_below_the_gate_is_fine_tuned_first(run, init, tmp_path):
     taken = run("taken", "grpo.cold_start=0.001", "train.steps=1")
     assert run.code == 0 and not (taken / "cold_start").exists()
     tuned = run("tuned", "grpo.cold_start=0.7", "train.steps=1", init=init)
-    assert run.code == 0 and json.loads((tuned / "cold_start" / "summary.json").read_text())["gate_reached"] in (True, False)
+    assert run.code == 0 and json.loads((tuned / "cold_start" / "summary.json").read_text())["gate_reached"] in (
+        True,
+        False,
+    )
     start, end = (load_file(f / "checkpoints/step-00000001/model.safetensors") for f in (taken, tuned))
     assert not torch.equal(start["head.weight"], end["head.weight"])
 
 
-def test_two_ranks_are_one(run, init, tmp_path):
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_are_one(run, init, tmp_path, stage):
     """Same answers and rewards; weights up to the order of sums. Rows per rank differ: 6 prompts, dropped groups."""
     one = run("one", "train.steps=3")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "recipes/grpo.py"), *RL, init, "train.steps=3", f"run.dir={tmp_path / 'two'}"]
+    command += [
+        str(ROOT / "recipes/grpo.py"),
+        *RL,
+        init,
+        "train.steps=3",
+        f"train.zero_stage={stage}",
+        f"run.dir={tmp_path / 'two'}",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -44,10 +44,17 @@ def sft(tmp_path, monkeypatch):
 def chats(tmp_path):
     """A jsonl of both kinds of lines, and a tokenizer for it."""
     lines = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(30)]
-    lines += [{"messages": [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(9)]
+    lines += [
+        {"messages": [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": str(i)}]}
+        for i in range(9)
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Tokenizer.train([json.dumps(lines)] * 3, 400).save(tmp_path / "tokenizer.json")
-    return [f"data.path={tmp_path / 'chats.jsonl'}", f"data.tokenizer={tmp_path / 'tokenizer.json'}", "model.vocab_size=400"]
+    return [
+        f"data.path={tmp_path / 'chats.jsonl'}",
+        f"data.tokenizer={tmp_path / 'tokenizer.json'}",
+        "model.vocab_size=400",
+    ]
 
 
 def records(folder):
@@ -56,7 +63,9 @@ def records(folder):
 
 
 def weights(folder, step=None):
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1] if step is None else folder / f"checkpoints/step-{step:08d}"
+    newest = (
+        sorted((folder / "checkpoints").glob("step-*"))[-1] if step is None else folder / f"checkpoints/step-{step:08d}"
+    )
     return {k: v.clone() for k, v in load_file(newest / "model.safetensors").items()}
 
 
