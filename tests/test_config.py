@@ -76,7 +76,7 @@ def write(folder, name, text):
         ("model.rope_scaling={type: linear, factor: 2}", ["model.rope_scaling.type='linear'", "yarn"]),
         ("model.rope_scaling={type: yarn, factor: 2}", ["model.rope_scaling.original_max_position_embeddings=None"]),
         ("train.batch_tokens=1000", ["train.batch_tokens=1000", "data.seq_len=256", "try 1024"]),
-        ("parallel.expert_parallel_size=3", ["parallel.expert_parallel_size=3", "[1]"]),
+        ("parallel.expert_parallel_size=3", ["parallel.expert_parallel_size=3", "set it to 1", "train.zero_stage=3"]),
         ("log.wandb=of", ["log.wandb='of'", "offline"]),
         ("config=nowhere.yaml", ["nowhere.yaml", "does not exist"]),
     ],

@@ -171,7 +171,7 @@ class MLA(nn.Module):
         q = F.linear(self.q_a_norm(c_q[0]) if c_q else x, query)
         rows = torch.cat((q, self.kv_a_norm(c_kv), k_rope), 1).view(batch, time, heads + 1, width)
         rope = rows[..., self.kv_lora_rank :]
-        rope.copy_(rope @ _turn(cos, sin, cache, rope.dtype))
+        rope.copy_(_turned(rope, cos, sin, cache))
         q, key = rows.split_with_sizes([heads, 1], 2)
         cache.append(layer, key.squeeze(2))
 
@@ -186,13 +186,15 @@ class MLA(nn.Module):
         return F.linear(z.view(batch * time, -1).to(x.dtype), out).view(batch, time, -1)
 
 
-def _turn(cos: Tensor, sin: Tensor, cache: LatentCache, dtype: torch.dtype) -> Tensor:
-    """[B or 1, T, R, R], or [R, R] for one: a row of R channels times this is the row rotated. Made once a step."""
+def _turned(rope: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache) -> Tensor:
+    """`rotate`, as one product with the rotated unit vectors, which the first layer of a step makes for all."""
     if cache.turn is None or cache.turn[0] is not cos:
-        one = torch.eye(2 * cos.shape[-1], dtype=dtype, device=cos.device)
+        wide = torch.promote_types(rope.dtype, torch.float32)
+        one = torch.eye(rope.shape[-1], dtype=wide, device=rope.device)
         turn = rotate(one.view(1, 1, *one.shape), cos, sin)
         cache.turn = cos, turn[0, 0] if turn.numel() == one.numel() else turn
-    return cache.turn[1]
+    turn = cache.turn[1]
+    return rope.to(turn.dtype) @ turn
 
 
 def _on_onednn(x: Tensor) -> bool:

@@ -83,7 +83,7 @@ class LatentCache:
             raise ValueError(f"cache of {self.capacity} tokens cannot hold {end}; make it with a larger capacity")
         latents, new = self.latents[layer], new.detach()
         if self.shortest == self.longest:
-            latents[:, self.longest : end] = new
+            latents.narrow(1, self.longest, time).copy_(new)
         else:
             batch = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
             latents[batch, self.positions(time)] = new.to(latents.dtype)
