@@ -212,6 +212,17 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return (x * r).mul_(weight).to(x.dtype).contiguous(), r.contiguous()
 
 
+def rms_norm_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """-> y alone, for decoding, where time goes into calls: six instead of the library's twelve.
+
+    Plain numbers are kept out of sums and products too: each costs as much as the pass over a row (measured).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    mean = torch.addcmul(torch.full((), eps, dtype=wide, device=x.device), size, size, value=1 / x.shape[-1])
+    return (x * mean.rsqrt_()).mul_(weight).to(x.dtype)
+
+
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight: dx = r (dy w - xhat mean(dy w xhat))."""
     width = x.shape[-1]

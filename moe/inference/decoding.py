@@ -178,8 +178,8 @@ def _sample(logits: Tensor, sampling: Sampling, step: int) -> tuple[Tensor, Tens
     """[B, V] logits -> ids [B] and their log-probabilities under the distribution drawn from."""
     temperature, top_p, keys = sampling
     if temperature == 0:
-        best, chosen = logits.max(-1)
-        return chosen, best - logits.logsumexp(-1)
+        chosen = logits.argmax(-1)
+        return chosen, logits.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
     logp = (logits / temperature).log_softmax(-1)
     if top_p < 1:
         ordered, order = logp.sort(dim=-1, descending=True, stable=True)

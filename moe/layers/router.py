@@ -109,8 +109,13 @@ class Router(nn.Module):
         inside = chosen
         if valid is not None or replay is not None:
             inside = torch.where((chosen >= 0) & (chosen < self.n_experts), chosen, self.n_experts)
-        ones = torch.ones_like(inside.reshape(-1))
-        counts = ones.new_zeros(self.n_experts + 1).scatter_add_(0, inside.reshape(-1), ones)[: self.n_experts]
+        inside = inside.reshape(-1)
+        if self.training or inside.device.type != "cpu":
+            ones = torch.ones_like(inside)
+            counts = ones.new_zeros(self.n_experts + 1).scatter_add_(0, inside, ones)
+        else:  # one call; elsewhere it would wait for the device
+            counts = torch.bincount(inside, minlength=self.n_experts + 1)
+        counts = counts[: self.n_experts]
         shape = x.shape[:-1]
         return Routing(
             chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,

@@ -240,13 +240,14 @@ class Grpo(Loop):
             found = task_accuracy(
                 model, self.tokenizer, self.task, self.held_out, g.eval_samples, self.room, self.ranks, g.show
             )
-        for prompt, answer, right in found.shown:
-            self.console.line(f"    {prompt} {answer!r:<16} {'right' if answer == right else f'wrong: {right}'}")
-        if self.ranks.first:
-            with open(self.folder.path / "samples.jsonl", "a", encoding="utf-8") as file:
-                for prompt, answer, right in found.shown:
-                    row = {"step": self.step, "prompt": prompt, "answer": answer, "right": right}
-                    file.write(json.dumps(row) + "\n")
+        shown = [(prompt, right, answer, False) for prompt, answer, right in found.shown]
+        for row, reward in zip(shown, score(REWARDS[g.reward], shown, g.reward_timeout).values, strict=True):
+            prompt, right, answer, _ = row
+            self.console.line(f"    {prompt} {answer:<14} reward {reward:g}{'' if reward >= 1 else f', wanted {right}'}")
+            if self.ranks.first:
+                with open(self.folder.path / "samples.jsonl", "a", encoding="utf-8") as file:
+                    kept = {"step": self.step, "prompt": prompt, "answer": answer, "right": right, "reward": reward}
+                    file.write(json.dumps(kept) + "\n")
         return found.figures
 
     def before(self, figures: dict[str, Any]) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.settings import PRETRAIN
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "model.num_hidden_layers=2", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
-    "model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4",
-    "model.v_head_dim=8", "model.n_routed_experts=16", "model.moe_intermediate_size=8", "model.n_group=4",
-    "model.topk_group=2", "model.num_experts_per_tok=3", "model.vocab_size=512", "data.seq_len=32",
-    "train.batch_tokens=256", "train.micro_batch_size=2", "train.eval_tokens=256", "train.steps=60", "train.threads=1",
-    "train.save_every=4", "train.eval_every=30", "log.wandb=disabled", "train.precision=fp32", "log.every=10",
+    *PRETRAIN, "train.micro_batch_size=2", "train.eval_tokens=256", "train.steps=60", "train.save_every=4",
+    "train.eval_every=30", "train.precision=fp32", "log.every=10",
 ]  # fmt: skip
 
 

@@ -10,19 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import PretrainConfig, load, resolve, to_dict
+from moe.config import FinetuneConfig, GrpoRecipe, PretrainConfig, load, resolve, to_dict
+from tests.settings import PRETRAIN
 
 ROOT = Path(__file__).parents[2]
-PRETRAIN = ROOT / "recipes" / "pretrain.py"
-SCHEMAS = {"pretrain": PretrainConfig}  # configs/<recipe>_*.yaml; a file without such a name is pretrain's
-SMALL = [
-    "model.num_hidden_layers=2", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
-    "model.q_lora_rank=16", "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4",
-    "model.v_head_dim=8", "model.n_routed_experts=16", "model.moe_intermediate_size=8", "model.n_group=4",
-    "model.topk_group=2", "model.num_experts_per_tok=3", "model.vocab_size=512", "data.seq_len=32",
-    "train.batch_tokens=256", "train.micro_batch_size=4", "train.eval_tokens=512", "train.steps=3", "train.threads=1",
-    "log.wandb=disabled",
-]  # fmt: skip
+RECIPE = ROOT / "recipes" / "pretrain.py"
+SCHEMAS = {"sft": FinetuneConfig, "grpo": GrpoRecipe}  # configs/<recipe>*.yaml; a file without such a name is pretrain's
+SMALL = [*PRETRAIN, "train.micro_batch_size=4", "train.eval_tokens=512", "train.steps=3"]
 
 
 def start(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -55,7 +49,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(home):
-    return [PRETRAIN, *SMALL, f"data.path={home / 'text.txt'}", f"data.cache={home / 'cache'}"]
+    return [RECIPE, *SMALL, f"data.path={home / 'text.txt'}", f"data.cache={home / 'cache'}"]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +125,7 @@ def test_every_configuration_file_loads_and_resolves(file):
 
 
 def test_help_prints_every_knob(tmp_path):
-    done = start(PRETRAIN, "--help", cwd=tmp_path)
+    done = start(RECIPE, "--help", cwd=tmp_path)
     assert done.returncode == 0 and tree(tmp_path) == set()
     sections = {section.name: section.default_factory for section in dataclasses.fields(PretrainConfig)}
     knobs = [f"{name}.{knob.name}=" for name, section in sections.items() for knob in dataclasses.fields(section)]
@@ -151,7 +145,7 @@ def test_help_prints_every_knob(tmp_path):
     ],
 )
 def test_a_mistake_ends_with_code_2_and_one_line(argument, parts, tmp_path):
-    done = start(PRETRAIN, argument, cwd=tmp_path)
+    done = start(RECIPE, argument, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -160,7 +154,7 @@ def test_a_mistake_ends_with_code_2_and_one_line(argument, parts, tmp_path):
 
 @pytest.mark.slow
 def test_under_torchrun_one_rank_states_a_mistake_before_the_table(tmp_path):
-    done = torchrun(PRETRAIN, "train.stps=3", cwd=tmp_path, ranks=2)
+    done = torchrun(RECIPE, "train.stps=3", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     before, table, _ = done.stderr.partition("pretrain.py FAILED")  # the table repeats each rank's line
     assert table and before.count("error: train.stps") == 1, done.stderr

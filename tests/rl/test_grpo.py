@@ -13,16 +13,11 @@ from safetensors.torch import load_file
 
 from moe.rl import grpo as loop
 from moe.rl import rewards
+from tests.settings import TASK
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "model.hidden_size=32", "model.num_attention_heads=2", "model.q_lora_rank=16", "model.kv_lora_rank=16",
-    "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4", "model.v_head_dim=8", "model.n_routed_experts=8",
-    "model.num_experts_per_tok=3", "model.moe_intermediate_size=8", "task.min_length=2", "task.max_length=4",
-    "task.held_out=24", "task.demonstrations=60", "train.threads=1", "log.wandb=disabled", "train.export=false",
-]  # fmt: skip
 RL = [
-    *SMALL, "grpo.prompts=6", "grpo.group_size=4", "grpo.max_new_tokens=6", "grpo.reward=prefix", "train.steps=6",
+    *TASK, "grpo.prompts=6", "grpo.group_size=4", "grpo.max_new_tokens=6", "grpo.reward=prefix", "train.steps=6",
     "train.micro_batch_size=7", "train.save_every=3", "train.eval_every=0", "grpo.cold_start=0",
 ]  # fmt: skip
 
@@ -44,7 +39,7 @@ def init(tmp_path_factory):
     """init=FOLDER of a model that sorts two to four digits sometimes."""
     folder = tmp_path_factory.mktemp("start") / "sft"
     steps = ["train.steps=120", "train.batch_tokens=256", "train.micro_batch_size=4", "sft.gate=0", "optim.lr=5e-3"]
-    assert started("sft", *SMALL, *steps, f"run.dir={folder}") == 0
+    assert started("sft", *TASK, *steps, f"run.dir={folder}") == 0
     return f"init={folder}"
 
 

@@ -12,14 +12,11 @@ from safetensors.torch import load_file
 from moe.data.tokenizer import Tokenizer
 from moe.train.pretrained import load_model
 from moe.train.trainer import Trainer
+from tests.settings import TASK
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "model.hidden_size=32", "model.num_attention_heads=2", "model.q_lora_rank=16", "model.kv_lora_rank=16",
-    "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4", "model.v_head_dim=8", "model.n_routed_experts=8",
-    "model.num_experts_per_tok=3", "model.moe_intermediate_size=8", "task.min_length=2", "task.max_length=4",
-    "task.held_out=24", "task.demonstrations=60", "train.threads=1", "log.wandb=disabled", "train.export=false",
-    "train.batch_tokens=256", "train.micro_batch_size=4", "train.steps=6", "train.save_every=3", "sft.gate=0",
+    *TASK, "train.batch_tokens=256", "train.micro_batch_size=4", "train.steps=6", "train.save_every=3", "sft.gate=0",
 ]  # fmt: skip
 
 
