@@ -4,8 +4,9 @@
     attention(q, k, v, scale, segment_ids)       [B, T, H, .]       causal attention, unequal key and value widths
     rms_norm(x, weight, eps)                     [..., D]           without normalised copies
     linear_cross_entropy(hidden, weight, targets)  -> scalar sum    output head and loss, [N, V] never whole
+    for_few_rows(weight)                         [out, in]          a weight as decoding reads it fastest
 
-Each is one custom op with a written-out backward, so torch.compile and engines see a single node. Paths: `reference`
+Each but the last is one custom op with a written-out backward, so torch.compile and engines see a single node. Paths: `reference`
 (loops, the oracle) and `torch` (kernels/eager.py; fused attention on CUDA). The environment variable MOE_OPS wins over
 `select()`, which recipes call with `train.ops`.
 """
@@ -113,6 +114,14 @@ def _experts_grad(ctx, dy, dz):
 
 
 _experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+
+
+# --------------------------------------------------------------------------------------------------- products of few rows
+
+
+def for_few_rows(weight: Tensor) -> Tensor:
+    """[out, in] -> the same matrix in the layout that F.linear reads fastest at every step of decoding; mostly a copy."""
+    return eager.for_few_rows(weight)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

@@ -342,6 +342,16 @@ def test_norm_without_gradients_is_the_same_for_few_rows_and_many(agree, dtype, 
     agree(y, ops.rms_norm(x.requires_grad_(), weight, 0.1), {F64: 1e-13, F32: 1e-6, BF16: 4e-3}[dtype])
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9), (4, 1)])
+def test_a_weight_laid_out_for_few_rows_is_the_same_matrix_and_a_product_of_it(dtype, shape):
+    weight = torch.randn(shape).to(dtype)
+    laid = ops.for_few_rows(weight)
+    assert torch.equal(laid, weight) and laid.shape == weight.shape and laid.dtype == dtype
+    if dtype == F32:
+        assert laid.t().is_contiguous()
+
+
 @pytest.mark.parametrize("layout", NORMS)
 def test_norm_is_well_formed_for_any_layout(layout):
     x, weight = norm_inputs(layout, F64)

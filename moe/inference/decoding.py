@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from moe import ops
 from moe.config import UserError
 from moe.layers.cache import LatentCache
 from moe.model import Routings, Transformer
@@ -91,9 +93,10 @@ def _decode(
     if not batch or max_new_tokens == 0:
         return Generated(tokens, logprobs, record.experts if record else None)
     last, cache = _prefill(model, prompts, max_new_tokens, record)
+    head = ops.for_few_rows(model.head.weight)
     active, rows = list(range(batch)), torch.arange(batch, device=device)
     for step in range(max_new_tokens):
-        chosen, logp = _sample(model.head(last).float(), sampling, step)
+        chosen, logp = _sample(F.linear(last, head).float(), sampling, step)
         for i, token, lp in zip(active, chosen.tolist(), logp.tolist(), strict=True):
             if math.isnan(lp):
                 raise UserError(f"prompt {i}: the model's logits are not finite at token {step}; check its weights")

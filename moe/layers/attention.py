@@ -152,8 +152,8 @@ class MLA(nn.Module):
         query = torch.cat((w_uk.mT @ w_q[:, : self.nope], w_q[:, self.nope :]), 1).flatten(0, 1)
         w_o = self.o.weight.to(wide).view(-1, self.heads, self.v).transpose(0, 1)
         out = (w_o @ w_uv).transpose(0, 1).flatten(1)
-        down = torch.cat((self.q_a.weight, self.kv_a.weight)) if self.q_lora_rank else self.kv_a.weight
-        return Absorbed(down, query.to(dtype), out.to(dtype))
+        down = torch.cat([*([self.q_a.weight] if self.q_lora_rank else []), self.kv_a.weight])
+        return Absorbed(*(ops.for_few_rows(w.to(dtype)) for w in (down, query, out)))
 
     def _absorbed(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, layer: int) -> Tensor:
         """Tokens attend to what the cache holds, and to themselves.

@@ -85,6 +85,14 @@ def test_logprobs_are_those_of_one_pass_over_the_whole_text(small, prompts, dtyp
         assert logprobs == pytest.approx(logp.gather(1, text[0, len(prompt) :, None])[:, 0].tolist(), abs=tolerance)
 
 
+def test_weights_changed_between_two_calls_are_seen(small):
+    changed = small(initializer_range=0.4, num_nextn_predict_layers=0)
+    model, fresh = moe.Transformer(changed), moe.Transformer(changed)
+    before = moe.generate(model, PROMPTS, 6)
+    model.load_state_dict(fresh.state_dict())
+    assert moe.generate(model, PROMPTS, 6) == moe.generate(fresh, PROMPTS, 6) != before
+
+
 def test_generation_does_not_depend_on_the_batch(model):
     together = moe.generate(model, PROMPTS, 6)
     for i, prompt in enumerate(PROMPTS):

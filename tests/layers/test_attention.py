@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moe.config import UserError
+from moe.layers import attention
 from moe.layers.attention import MLA
-from moe.layers.basics import Rotary
+from moe.layers.basics import Rotary, rotate
 from moe.layers.cache import LatentCache
 
 SHAPE = dict(
@@ -114,6 +115,69 @@ def test_absorbed_decoding_equals_the_expanded_form_token_by_token(agree, q_lora
         cache.advance(1)
 
 
+@pytest.mark.parametrize("q_lora_rank", [None, 6])
+def test_absorbed_weights_are_the_products_told_in_the_paper(agree, q_lora_rank):
+    layer = make(q_lora_rank, rope_scaling=YARN)
+    down, query, out = layer.absorb()
+    up = (layer.q_b if q_lora_rank else layer.q).weight.view(3, 9, -1)
+    w_uk, w_uv = layer.kv_b.weight.view(3, 12, 9).split([5, 7], 1)
+    x, c_q, z = (torch.randn(n, dtype=torch.float64) for n in (14, up.shape[-1], 3 * 9))
+    rows = ([layer.q_a.weight @ x] if q_lora_rank else []) + [layer.kv_a.weight @ x]
+    agree(down @ x, torch.cat(rows), what="down")
+    q = [torch.cat((w_uk[h].t() @ (up[h, :5] @ c_q), up[h, 5:] @ c_q)) * layer.scale for h in range(3)]
+    agree(query @ c_q, torch.cat(q), what="query")
+    o = torch.cat([w_uv[h] @ z.view(3, 9)[h] for h in range(3)])
+    agree(out @ z, layer.o.weight @ o, what="out")
+    assert not any(w.requires_grad for w in (down, query, out))
+
+
+def test_products_of_half_precision_weights_are_made_in_fp32(agree):
+    layer = make(dtype=torch.bfloat16)
+    exact = make(dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    for half, wide in zip(layer.absorb(), exact.absorb()):
+        assert half.dtype == torch.bfloat16
+        assert (half.double() - wide).abs().le(wide.abs() * 2**-8 + 1e-6).all()  # rounded once
+
+
+def test_weights_are_absorbed_once_a_cache_and_anew_for_the_next(agree, monkeypatch):
+    layer, made, real = make(), [], MLA.absorb
+    monkeypatch.setattr(MLA, "absorb", lambda self: made.append(self) or real(self))
+    x = torch.randn(1, 4, 14, dtype=torch.float64)
+
+    def decoded():
+        cache = LatentCache(1, 1, 4, 9, 4, dtype=torch.float64)
+        steps = []
+        for t in range(4):
+            steps.append(layer(x[:, t : t + 1], cache=cache))
+            cache.advance(1)
+        return torch.cat(steps, 1)
+
+    agree(decoded(), layer(x))
+    assert len(made) == 1
+    for p in layer.parameters():
+        p.data.mul_(-1.3)
+    agree(decoded(), layer(x))
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_one_product_rotates_as_the_definition_does_and_follows_the_positions(agree, dtype):
+    cache = LatentCache(1, 2, 9, 9, 4, dtype=dtype)
+    rotary, rope = Rotary(4, 100.0), torch.randn(2, 3, 5, 4, dtype=dtype)
+    for positions in (torch.tensor([[3, 4, 5], [0, 1, 2]]), torch.tensor([[7, 7, 7]]), torch.tensor([[1, 0, 2]])):
+        angles = rotary(positions)
+        agree(attention._turned(rope, *angles, cache).to(dtype), rotate(rope, *angles))
+        made = cache.turn[1]
+        attention._turned(rope, *angles, cache)
+        assert cache.turn[1] is made  # by the first layer for all
+    one = rope[:1, :1]
+    agree(
+        attention._turned(one, *rotary(torch.tensor([[6]])), cache).to(dtype), rotate(one, *rotary(torch.tensor([[6]])))
+    )
+    assert cache.turn[1].shape == (4, 4)
+
+
 @pytest.mark.parametrize("pieces", [(4, 3, 2, 1), (1, 9), (7, 1, 2)])
 def test_chunks_over_a_filled_cache_equal_one_pass(agree, pieces):
     layer = make()
@@ -123,6 +187,21 @@ def test_chunks_over_a_filled_cache_equal_one_pass(agree, pieces):
         agree(layer(x[:, start : start + piece], cache=cache), expanded[:, start : start + piece])
         cache.advance(piece)
         start += piece
+
+
+def test_a_cache_cut_and_reordered_between_steps_goes_on_as_if_it_had_been_so(agree):
+    layer = make()
+    x = torch.randn(3, 6, 14, dtype=torch.float64)
+    cache = LatentCache(1, 3, 8, 9, 4, dtype=torch.float64)
+    layer(x[:, :3], cache=cache)
+    cache.advance(3)
+    layer(torch.randn(3, 2, 14, dtype=torch.float64), cache=cache)  # drafts, of which one row keeps one
+    cache.advance(2)
+    cache.truncate(torch.tensor([3, 4, 3]))
+    cache.keep(torch.tensor([2, 0]))
+    for t in range(3, 6):
+        agree(layer(x[[2, 0], t : t + 1], cache=cache), layer(x[[2, 0]])[:, t : t + 1])
+        cache.advance(1)
 
 
 def test_ragged_caches_give_each_sequence_its_own_past(agree):

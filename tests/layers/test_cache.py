@@ -47,6 +47,17 @@ def test_latent_and_rotary_key_of_a_token_lie_side_by_side_and_are_written_in_pl
     assert cache.latents[0][0, 4].tolist() == [2, 2, 2, -2, -2]
 
 
+@pytest.mark.parametrize("lengths", [[2, 2], [1, 3]], ids=["even", "ragged"])
+def test_appending_a_whole_row_is_writing_its_two_parts(lengths):
+    parts, whole = LatentCache(1, 2, 6, 3, 2), LatentCache(1, 2, 6, 3, 2)
+    for cache in (parts, whole):
+        cache.advance(torch.tensor(lengths))
+    new = torch.randn(2, 2, 5)
+    parts.write(0, new[..., :3], new[..., 3:])
+    whole.append(0, new)
+    assert torch.equal(parts.latents[0], whole.latents[0]) and whole.latents[0].count_nonzero() == 20
+
+
 @pytest.mark.parametrize("lengths, time", [([3, 3], 2), ([1, 3], 1), ([0, 2], 3), ([2, 2], 1)])
 def test_keys_that_come_later_are_hidden_from_each_query(lengths, time):
     cache = LatentCache(1, 2, 9, 3, 2)
