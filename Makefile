@@ -48,7 +48,7 @@ generate: $(READY) ## text out of a model: ARGS='run=runs/... prompt="..."'
 	$(BIN)/python recipes/generate.py $(ARGS)
 
 ablate: $(READY) ## a study with seeds, a table and pictures: ARGS="config=recipes/ablations/balance.yaml"
-	$(BIN)/python recipes/ablate.py $(ARGS)
+	$(BIN)/python recipes/ablate.py $(or $(ARGS),config=recipes/ablations/balance.yaml)
 
 test: $(READY) ## the tests of a working day
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -18,13 +18,13 @@ from pathlib import Path
 from moe import config, parallel
 from moe.objectives import OBJECTIVES
 from moe.rl.grpo import Grpo
-from moe.rl.start import answer_room, cold_start, header, report
+from moe.rl.start import answer_room, cold_start, dry_run, header, report
 from moe.train import engine as engines
 from moe.train import summary
 from moe.train.finetune import make_model, make_task, make_tokenizer
 from moe.train.log import entry
 from moe.train.pretrained import model_values
-from moe.train.run_folder import finished, open_run
+from moe.train.run_folder import finished, open_run, refuse_another
 
 DEFAULT = str(Path(__file__).parent / "configs" / "grpo.yaml")
 SFT = str(Path(__file__).parent / "configs" / "sft.yaml")
@@ -35,10 +35,13 @@ def main() -> None:
     run_dir = cfg.run.dir or f"runs/grpo-{cfg.model.name}-{config.fingerprint(cfg)}"
     if done := finished(cfg, run_dir):
         return summary.say_finished(run_dir, done)
+    refuse_another(cfg, run_dir)
+    task = make_task(cfg)
+    tokenizer = make_tokenizer(cfg, task, cfg.run.init)
     with parallel.session(cfg.train) as ranks:
-        task = make_task(cfg)
-        tokenizer = make_tokenizer(cfg, task, cfg.run.init)
         room = answer_room(cfg, task, tokenizer, ranks.world)
+        if cfg.run.dry_run:
+            return dry_run(cfg, room, run_dir)
         start = cold_start(cfg, task, tokenizer, SFT, run_dir, ranks)
         objective = OBJECTIVES["grpo"].from_config(make_model(cfg, start), cfg.grpo, room)
         engine = engines.build(objective, cfg.optim, cfg.train, ranks)

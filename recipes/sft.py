@@ -1,10 +1,10 @@
 """Fine-tune on demonstrations or on your own samples, the loss on answers only.
 
     torchrun --standalone recipes/sft.py                          # tiny-rl learns to sort digits from 300 demonstrations
-    torchrun --standalone recipes/sft.py init=runs/pretrain-... data.path=chats.jsonl     # messages, or prompt/response
+    torchrun --standalone recipes/sft.py config=recipes/configs/sft_chat.yaml init=runs/tiny data.path=chats.jsonl
     python recipes/sft.py --help
 
-Source: DeepSeek-V3 (arXiv 2412.19437) section 5.1: two epochs, cosine decay, samples packed but masked from each other.
+Source: DeepSeek-V3 (arXiv 2412.19437) section 5.1: samples packed but masked from each other.
 """
 
 import os

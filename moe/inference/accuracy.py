@@ -23,8 +23,8 @@ from moe.parallel import Ranks
 class Accuracy(NamedTuple):
     figures: dict[str, float]
     """val/greedy, val/pass@1, val/pass@<samples>, each with `_se`."""
-    shown: list[tuple[str, str, str]]
-    """(prompt, greedy answer, right answer) of the first problems."""
+    shown: list[tuple[str, str, str, bool]]
+    """(prompt, greedy answer, right answer, whether it was cut before its end) of the first problems."""
 
 
 def task_accuracy(
@@ -33,10 +33,10 @@ def task_accuracy(
 ) -> Accuracy:  # fmt: skip
     """Each rank answers its share of `problems`. The same draws every time: differences are the model's."""
     mine = problems[ranks.rank :: ranks.world]
-    greedy, answers = _solved(model, tokenizer, task, mine, 0.0, max_new_tokens, [0] * len(mine))
+    greedy, answers, ended = _solved(model, tokenizer, task, mine, 0.0, max_new_tokens, [0] * len(mine))
     half = [(i, p) for i, p in enumerate(problems[: (len(problems) + 1) // 2])][ranks.rank :: ranks.world]
     many = [(i * samples + s, p) for i, p in half for s in range(samples)]
-    drawn, _ = _solved(model, tokenizer, task, [p for _, p in many], 1.0, max_new_tokens, [i for i, _ in many])
+    drawn, _, _ = _solved(model, tokenizer, task, [p for _, p in many], 1.0, max_new_tokens, [i for i, _ in many])
     right = drawn.view(-1, samples).sum(1)
     figures: dict[str, float] = {}
     each = {"greedy": greedy, "pass@1": right / samples}
@@ -44,18 +44,18 @@ def task_accuracy(
         each[f"pass@{samples}"] = pass_at_k(torch.full_like(right, samples), right, samples)
     for name, values in each.items():
         figures |= _mean(f"val/{name}", values, ranks)
-    shown = [(p.prompt, text, p.answer) for p, text in zip(mine, answers, strict=True)][:show]
+    shown = [(p.prompt, text, p.answer, not done) for p, text, done in zip(mine, answers, ended, strict=True)][:show]
     return Accuracy(figures, shown)
 
 
-def _solved(model, tokenizer, task, problems, temperature, max_new_tokens, seeds) -> tuple[Tensor, list[str]]:
-    """-> [problems] float64, 1 where the answer is right; the answers' texts."""
+def _solved(model, tokenizer, task, problems, temperature, max_new_tokens, seeds) -> tuple[Tensor, list[str], list[bool]]:
+    """-> [problems] float64, 1 where the answer is right; the answers' texts; whether each came to its end."""
     prompts = [encode_prompt(p, tokenizer) for p in problems]
     out = generate(model, prompts, max_new_tokens, temperature, seeds, eos=tokenizer.eos)
     texts = [spelled(new, tokenizer) for new in out.tokens]
     ended = [bool(new) and new[-1] == tokenizer.eos for new in out.tokens]
     right = [done and task.check(p, text) for p, text, done in zip(problems, texts, ended, strict=True)]
-    return torch.tensor(right, dtype=torch.float64), texts
+    return torch.tensor(right, dtype=torch.float64), texts, ended
 
 
 def _mean(name: str, values: Tensor, ranks: Ranks) -> dict[str, float]:

@@ -6,7 +6,7 @@
     logp_* [S, T] fp32       log-probability of token i+1 at the sampling temperature; anything outside answers
 
 The sampler and this module are the same weights; with `replay` each token goes to the experts that the sampler chose, so
-that a rounding difference cannot send it elsewhere (Rollout Routing Replay; facts in docs/grpo.md). Router gradients stay
+that a rounding difference cannot send it elsewhere (Rollout Routing Replay; see docs/post_training.md). Router gradients stay
 alive, since only indices are replayed. Not here: the loss itself (policy.py), advantages, rollouts (rl/).
 """
 
@@ -92,9 +92,9 @@ class Reinforcement(nn.Module):
     def score(self, s: Samples, model: Transformer | None = None) -> tuple[Tensor, Tensor, dict[str, Routing]]:
         """-> log-probabilities [S, T] and entropies [S, T] of the answers' tokens, 0 elsewhere; routings.
 
-        model: another one's opinion (a reference policy)."""
-        model = self.model if model is None else model
-        replay = {name: r[:, :-1].long() for name, r in s.routings.items()} if self.replay else None
+        model: another one's opinion (a reference policy), by experts of its own choice."""
+        own, model = model is None, self.model if model is None else model
+        replay = {name: r[:, :-1].long() for name, r in s.routings.items()} if self.replay and own else None
         hidden, records = model.encode(s.tokens[:, :-1], routings=replay, mask=s.valid[:, :-1])
         mask = s.answer[:, 1:]
         found, spread = token_logprobs(hidden[mask], model.head.weight, s.tokens[:, 1:][mask], self.temperature)

@@ -144,6 +144,8 @@ class Grpo(Loop):
         # dead groups count in the divisors: to drop them must not change the step
         divisors = torch.stack([counts.sum(), counts.any(1).sum()]).double()
         ranks.all_reduce([divisors])
+        if not divisors[0] and not g.beta:
+            return None  # every live answer was cut and masked
         tokens, sequences = divisors.clamp_min(1).tolist()
         sums: dict[str, Tensor] = {}
         for i in range(passes):
@@ -192,7 +194,7 @@ class Grpo(Loop):
         rewards, r = batch.rewards, batch.rollouts
         right, live = (rewards >= 1).double().mean(1), live_groups(rewards)
         lengths = torch.stack([r.answer.sum(), torch.tensor(sum(r.truncated), device=r.answer.device)]).double()
-        failed = torch.tensor([float(sum(batch.failures.values())), float(self.stop)], dtype=torch.float64)
+        failed = torch.tensor([float(sum(batch.failures.values())), float(self.asked)], dtype=torch.float64)
         lengths = torch.cat([lengths, failed.to(lengths.device)])
         self.ranks.all_reduce([lengths])
         tokens, cut, failures, stop = lengths.tolist()
@@ -240,7 +242,7 @@ class Grpo(Loop):
             found = task_accuracy(
                 model, self.tokenizer, self.task, self.held_out, g.eval_samples, self.room, self.ranks, g.show
             )
-        shown = [(prompt, right, answer, False) for prompt, answer, right in found.shown]
+        shown = [(prompt, right, answer, cut) for prompt, answer, right, cut in found.shown]
         for row, reward in zip(shown, score(REWARDS[g.reward], shown, g.reward_timeout).values, strict=True):
             prompt, right, answer, _ = row
             self.console.line(f"    {prompt} {answer:<14} reward {reward:g}{'' if reward >= 1 else f', wanted {right}'}")

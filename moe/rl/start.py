@@ -1,7 +1,7 @@
 """Before and after reinforcement learning: the gated cold start, the header, and the report at the end.
 
 GRPO strengthens what a policy sometimes does; from a start below about 12 % pass@1 its gradient is mostly noise
-(docs/grpo.md). So a model from scratch is first fine-tuned on a few demonstrations until it passes a gate on accuracy,
+(docs/post_training.md). So a model from scratch is first fine-tuned on a few demonstrations until it passes a gate on accuracy,
 not on steps.
 """
 
@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe.analysis import chart
 from moe.config import FinetuneConfig, GrpoRecipe, UserError, load, nearest
 from moe.data.tasks import Task, encode_answer, encode_prompt
@@ -19,6 +21,7 @@ from moe.data.tokenizer import Tokenizer, check_fits
 from moe.files import replace
 from moe.inference.accuracy import task_accuracy
 from moe.interop.hf import to_hf
+from moe.model import Transformer
 from moe.objectives.reinforcement import check_loss
 from moe.parallel import Ranks
 from moe.rl.grpo import Grpo
@@ -88,6 +91,20 @@ def _passes(cfg: GrpoRecipe, task: Task, tokenizer: Tokenizer, ranks: Ranks) -> 
         verdict = "enough" if passes else "fine-tuning on demonstrations first"
         print(f"{cfg.run.init}: pass@1 {found['val/pass@1']:.1%} for a gate of {cfg.grpo.cold_start:.0%}: {verdict}")
     return passes
+
+
+def dry_run(cfg: GrpoRecipe, room: int, run_dir: str | Path) -> None:
+    """Size and work; builds and writes nothing."""
+    if not is_leader():
+        return
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    g = cfg.grpo
+    print(
+        f"{summary.described(model)}\n{cfg.train.steps} steps of {g.prompts} prompts x {g.group_size} answers of up to {room} "
+        f"tokens, {g.updates} updates each; start: {cfg.run.init or 'a cold start'}, gate {g.cold_start:.0%}\n"
+        f"run folder: {run_dir} (not created: dry run)"
+    )
 
 
 def header(trainer: Grpo, start: str | Path | None) -> None:

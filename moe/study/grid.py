@@ -27,6 +27,8 @@ from moe.config.load import leaf_types, merge, nest, parse_value, read_yaml
 from moe.config.recipes import FinetuneConfig, GrpoRecipe, Recipe
 from moe.model import Transformer
 from moe.objectives import Pretraining
+from moe.objectives.reinforcement import check_loss
+from moe.train.finetune import make_task
 from moe.train.optim import learning_rate
 from moe.train.pretrained import model_values
 
@@ -223,6 +225,9 @@ def _cells(
     wrong: dict[str, list[str]] = {}
     seen: dict[str, str] = {}
     for seed, (arm, changes) in itertools.product(seeds, arms.items()):
+        for key in ("train.seed", "run.dir"):
+            if key in changes:
+                raise UserError(f"arms: {arm} sets {key}, which the study sets for each run; use study.seeds or study.folder")
         values: dict[str, Any] = {"train": {"threads": settings.threads}}
         for layer in (shared, *(nest(str(key), value) for key, value in changes.items()), {"train": {"seed": seed}}):
             merge(values, json.loads(json.dumps(layer)))
@@ -249,6 +254,15 @@ def _check(config: Any) -> None:
     learning_rate(config.optim, 1, config.train.steps)
     with torch.device("meta"):
         Pretraining(Transformer(config.model), config.model.balance)
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but no CUDA device is visible; use train.device=cpu or auto")
+    path = getattr(getattr(config, "data", None), "path", None)
+    if path and not Path(path).exists():
+        raise UserError(f"data.path={path} does not exist; name a file or a folder")
+    if hasattr(config, "task") and not path:
+        make_task(config)
+    if hasattr(config, "grpo"):
+        check_loss(config.grpo, config.grpo.max_new_tokens or 1)
 
 
 def _folder(study: Path, name: str, hashed: str) -> Path:

@@ -106,6 +106,7 @@ def compare(
     baseline: Values, arms: dict[str, Values], spread: str = "own", level: float = 0.95
 ) -> dict[str, Difference]:
     """Every arm against the baseline, over the seeds that both have (pooled: that all have)."""
+    arms = {name: values for name, values in arms.items() if values.keys() & baseline.keys()}  # others cannot compare
     shared = set(baseline).intersection(*arms.values()) if spread == "pooled" else set(baseline)
     d = {name: np.array([v[s] - baseline[s] for s in sorted(shared & v.keys())]) for name, v in arms.items()}
     d = {name: values for name, values in d.items() if len(values)}

@@ -17,7 +17,7 @@ from moe.analysis import chart
 from moe.analysis.ceiling import Peak, peak_flops
 from moe.config import FinetuneConfig, UserError, nearest
 from moe.data.samples import prepare_samples
-from moe.data.tasks import TASKS, Task
+from moe.data.tasks import TASKS, Task, encode_answer
 from moe.data.tokenizer import Tokenizer, check_fits
 from moe.files import replace
 from moe.inference.accuracy import task_accuracy
@@ -45,6 +45,8 @@ def make_task(cfg: Any) -> Task:
 def make_tokenizer(cfg: Any, task: Task | None, start: str | Path | None) -> Tokenizer:
     """That of the folder to start from; else one id a character of the task."""
     if start:
+        if getattr(getattr(cfg, "data", None), "tokenizer", "train") != "train":
+            raise UserError(f"data.tokenizer={cfg.data.tokenizer} beside init={start}: a model keeps its own; leave one out")
         return load_tokenizer(start)
     if task is not None:
         return Tokenizer.characters(task.alphabet)
@@ -67,7 +69,7 @@ class Finetuner(Trainer):
 
     def train_step(self) -> dict[str, Any]:
         record, s = super().train_step(), self.cfg.sft
-        if s.gate and self.step % s.gate_every == 0:
+        if self.corpus.task and s.gate and self.step % s.gate_every == 0:
             figures = self._accuracy(GATE_PROBLEMS, GATE_SAMPLES)
             self.satisfied = figures["val/pass@1"] >= s.gate
             record["gate/pass@1"] = figures["val/pass@1"]
@@ -78,11 +80,11 @@ class Finetuner(Trainer):
         return figures | (self._accuracy(None, 8) if self.corpus.task else {})
 
     def _accuracy(self, problems: int | None, samples: int) -> dict[str, float]:
-        task = self.corpus.task
-        room = self.cfg.data.seq_len
+        task, tokenizer = self.corpus.task, self.corpus.tokenizer
+        room = max(len(encode_answer(p, tokenizer)) for p in task.held_out())
         with self.engine.gathered() as model:
             return task_accuracy(
-                model, self.corpus.tokenizer, task, task.held_out()[:problems], samples, room, self.ranks
+                model, tokenizer, task, task.held_out()[:problems], samples, room, self.ranks
             ).figures
 
     def before(self, figures: dict[str, Any]) -> None:
@@ -111,7 +113,7 @@ def finetune(cfg: FinetuneConfig, run_dir: str | Path, ranks: Ranks) -> RunFolde
 def header(trainer: Finetuner, peak: Peak) -> None:
     cfg, card = trainer.cfg, trainer.corpus.card
     start = f"from {cfg.run.init}" if cfg.run.init else "from scratch"
-    gate = f", until pass@1 reaches {cfg.sft.gate:.0%}" if cfg.sft.gate else ""
+    gate = f", until pass@1 reaches {cfg.sft.gate:.0%}" if cfg.sft.gate and trainer.corpus.task else ""
     trainer.console.header({
         "model": f"{summary.described(trainer.model)}, {start}",
         "samples": f"{card['name']}: {card['docs']['train']:,} for training, {card['docs']['val']:,} held out",
@@ -132,7 +134,7 @@ def report(trainer: Finetuner, record: dict[str, Any]) -> None:
                 to_hf(model, folder.export, tokenizer=trainer.corpus.tokenizer)
             kept = ("step", "train/tokens", "perf/seconds")
             figures = {k: v for k, v in record.items() if k in kept or k.startswith("val/")}
-            figures |= {"gate_reached": trainer.satisfied} if cfg.sft.gate else {}
+            figures |= {"gate_reached": trainer.satisfied} if cfg.sft.gate and trainer.corpus.task else {}
             replace(folder.path / "summary.json", json.dumps(figures, indent=2) + "\n")
             done = accuracies(record) or f"loss {record['val/loss']:.4f} on held-out answers"
             trainer.console.header(

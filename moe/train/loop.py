@@ -30,7 +30,7 @@ class Loop:
         self.metrics = Metrics(folder.metrics)
         self.step, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.satisfied = False
-        self.stop = False
+        self.asked = self.stop = False  # this rank was asked to stop; all ranks agreed to
 
     # ------------------------------------------------------------------------------------------------------ subclasses
 
@@ -86,9 +86,9 @@ class Loop:
         self.console.line(f"before training: validation bpb {figures['val/bpb']:.4f}, loss {figures['val/loss']:.4f}")
 
     def _ask_to_stop(self, *_: object) -> None:
-        if self.stop:
+        if self.asked:
             raise KeyboardInterrupt
-        self.stop = True
+        self.asked = True
         self.console.line("stopping after this step (again: at once)")
 
     def agree_to_stop(self, asked: float) -> None:

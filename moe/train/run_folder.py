@@ -189,6 +189,13 @@ def _lock(path: Path) -> None:
     _locks[path] = handle
 
 
+def refuse_another(cfg: Any, dir: str | Path) -> None:
+    """Raise UserError where the folder belongs to another configuration: before work that comes ahead of `open_run`."""
+    config = Path(dir) / "config.yaml"
+    if config.exists():
+        _check_same(Path(dir), config, to_dict(cfg))
+
+
 def finished(cfg: Any, dir: str | Path) -> dict[str, Any] | None:
     """summary.json of the run that this very configuration has already completed in this folder."""
     path = Path(dir)

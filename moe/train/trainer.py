@@ -80,7 +80,7 @@ class Trainer(Loop):
         divisor = count_targets(*batch).to(ranks.device)
         ranks.all_reduce([divisor])
         parts = [None if t is None else t.to(ranks.device).split(cfg.train.micro_batch_size) for t in batch]
-        totals: dict = {"sums": {"stop": torch.tensor(float(self.stop), device=ranks.device)}}
+        totals: dict = {"sums": {"stop": torch.tensor(float(self.asked), device=ranks.device)}}
         first = ranks.rank * (cfg.rows // ranks.world)
         for i, tokens in enumerate(parts[0]):
             segments, mask = (None if p is None else p[i] for p in parts[1:])
@@ -111,7 +111,9 @@ class Trainer(Loop):
         if self.step in (1, 100):
             grads = self.engine.gradients()
             with self.engine.gathered():
-                told += check.gradients(self.model, counts, "mtp" in sums, grads=grads)
+                # where targets are masked, an expert may rightly meet none
+                enough = diagnostics.MIN_TOKENS if self._last_batch[2] is None else 10**9
+                told += check.gradients(self.model, counts, "mtp" in sums, grads=grads, min_tokens=enough)
                 told += check.language_gradients(diagnostics.router_language_gradients(self.objective, *self._last_batch))
         if self.step % self.cfg.log.every == 0:
             told += check.idle()

@@ -45,7 +45,7 @@ def test_figures_are_those_worked_out_by_hand(monkeypatch):
     assert figures["val/pass@4"] == pytest.approx(3 / 4)
     spread = torch.tensor([1, 0, 0.25, 0.5], dtype=torch.float64)
     assert figures["val/pass@1_se"] == pytest.approx(float(spread.std() / 2))
-    assert found.shown[0] == ("0>", "0", "0") and found.shown[1] == ("1>", "0", "1")
+    assert found.shown[0] == ("0>", "0", "0", False) and found.shown[1] == ("1>", "0", "1", False)
 
 
 def test_an_answer_without_its_end_is_wrong(monkeypatch):

@@ -70,9 +70,9 @@ def test_the_trainer_agrees_with_the_sampler_with_and_without_replay(run):
     for replay in ("true", "false"):
         folder = run(f"replay-{replay}", f"grpo.replay={replay}")
         assert run.code == 0
-        for r in records(folder):
-            if not r["rl/updates"]:
-                continue
+        found = [r for r in records(folder) if r["rl/updates"]]
+        assert len(found) >= 3
+        for r in found:
             assert r["rl/flip_rate"] <= (0 if replay == "true" else 1e-4)
             assert 0 < r["rl/logp_gap_max"] < 1e-4 and r["rl/logp_gap"] <= r["rl/logp_gap_max"]
             assert abs(r["rl/mismatch_kl"]) < 1e-6
@@ -157,6 +157,18 @@ def test_a_mistake_costs_one_line_and_leaves_no_folder(run, capsys, change, mess
     text = capsys.readouterr().err
     assert run.code == 2 and message in text and "Traceback" not in text
     assert not (folder / "config.yaml").exists()
+
+
+def test_a_dry_run_prints_and_writes_nothing(run, tmp_path, capsys):
+    folder = run("dry", "--dry-run")
+    assert run.code == 0 and not folder.exists() and "6 steps of 6 prompts x 4 answers" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused_before_the_cold_start(run, capsys):
+    folder = run("taken", "train.steps=1")
+    run("taken", "train.steps=1", "grpo.cold_start=0.9", init=None)
+    assert run.code == 2 and "was started with another configuration" in capsys.readouterr().err
+    assert not (folder / "cold_start").exists()
 
 
 def test_the_chain_cold_start_grpo_and_summary(run):

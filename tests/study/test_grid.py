@@ -3,7 +3,7 @@
 import pytest
 
 from moe.config import UserError, differences, fingerprint, to_dict
-from moe.study.grid import Metric
+from moe.study.grid import Metric, load_study
 
 
 def names(study):
@@ -118,3 +118,19 @@ def test_ratios_are_taken_on_the_scale_of_logarithms():
     assert Metric().working(6.0) == 6.0 and Metric().distance(None) == 0
     with pytest.raises(UserError, match="has no ratio"):
         metric.working(0.0)
+
+
+def test_what_a_recipe_would_refuse_is_told_beforehand(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "study: {recipe: grpo, seeds: 1}\nmodel: {preset: tiny-rl}\nvary: {grpo.loss: [dapo, dappo], task.name: [sort, sorrt]}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_study([f"config={tmp_path / 'study.yaml'}"])
+    told = str(caught.value)
+    assert "3 of 4 runs cannot be made" in told and "'dappo' is not one of" in told and "'sorrt' is not one of" in told
+
+
+@pytest.mark.parametrize("key", ["train.seed", "run.dir"])
+def test_an_arm_cannot_set_what_the_study_sets(toy, key):
+    with pytest.raises(UserError, match=f"arms: none sets {key}"):
+        toy(arms={"bias": {"model.balance": "bias"}, "none": {key: "1"}})

@@ -139,3 +139,10 @@ def test_readings(interval, word):
 
 def test_without_a_margin_only_equal_figures_are_equivalent():
     assert reading(Difference(0.0, 0.0, 3), 0.0) == E and reading(Difference(0.1, 0.2, 3), 0.0) == N
+
+
+@pytest.mark.parametrize("spread", ["own", "pooled"])
+def test_an_arm_without_a_result_leaves_the_others_compared(spread):
+    baseline, arm = {0: 1.0, 1: 2.0, 2: 4.0}, {0: 1.5, 1: 2.75, 2: 4.25}
+    with_empty = compare(baseline, {"a": arm, "failed": {}}, spread)
+    assert with_empty == compare(baseline, {"a": arm}, spread) and set(with_empty) == {"a"}

@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_for_bit(sft, monkeypatch):
 
 
 def test_a_file_of_samples_trains_from_scratch_and_from_a_run(sft, chats, tmp_path):
-    first = sft("first", *chats)
+    first = sft("first", *chats, "sft.gate=0.25", "sft.gate_every=2")  # a gate is for tasks, and the default has one
     assert sft.code == 0
     again = sft("again", *chats[:1], f"init={first}", "train.steps=3")
     assert sft.code == 0
