@@ -375,6 +375,11 @@ def entry(main: Callable[[], None]) -> None:
             raise SystemExit(_end(text, 1, tellers=(0, 1))) from None  # the first rank may be the one that is gone
 
     parallel.record(guarded)()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "deepspeed" in sys.modules:
+        # all is written; at interpreter exit a thread of its libraries now and then aborts a rank
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _end(text: str, code: int, tellers: tuple[int, ...] = (0,)) -> int:
