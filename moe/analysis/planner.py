@@ -16,6 +16,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from moe.analysis.diagnostics import maxvio_floor
 from moe.config import ModelConfig
 
 FORMULA = (
@@ -195,11 +196,6 @@ def mfu_flops(config: ModelConfig, seq_len: int, mtp: bool | None = None) -> flo
     return flops(config, seq_len, mtp).training
 
 
-def maxvio_floor(n_experts: int, k: int, tokens: int) -> float:
-    """MaxVio that sampling alone leaves in a perfectly balanced batch: about sqrt(2 ln E) sqrt(E / (K T))."""
-    return math.sqrt(2 * math.log(n_experts)) * math.sqrt(n_experts / (k * tokens))
-
-
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -302,7 +298,7 @@ def plan(
     if c.n_routed_experts:
         share = c.num_experts_per_tok / c.n_routed_experts
         mean, in_pass = batch_tokens * share, per_pass * seq_len * share
-        floor = maxvio_floor(c.n_routed_experts, c.num_experts_per_tok, batch_tokens)
+        floor = maxvio_floor(batch_tokens, c.num_experts_per_tok, c.n_routed_experts)
         balance = Balance(mean, math.sqrt(mean * (1 - share)), in_pass, floor)
         if in_pass < 16:
             notes.append(f"{in_pass:.1f} tokens an expert in one pass: overhead outweighs arithmetic; take larger ones")
