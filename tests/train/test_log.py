@@ -378,6 +378,7 @@ def test_wandb_offline_writes_the_records_silently_under_one_id(wandb_home, capf
             sink.log({"step": step, "train/loss": 1.0 / step, "train/needle": 0.5, "gap": None})
         sink.finish()
     assert capfd.readouterr() == ("", "")
+    sys.modules["wandb"].teardown()  # its process may write the last records after `finish` has returned
     files = list(wandb_home.path.glob("wandb/offline-run-*/*.wandb"))
     assert {file.stem for file in files} == {"run-" + (wandb_home.path / "wandb_id").read_text()}
     assert all(b"train/needle" in file.read_bytes() for file in files)
