@@ -1,21 +1,19 @@
-"""The PyTorch path of every op: forward and backward by hand, fast on CPUs, right on any device.
+"""Routed experts in PyTorch: forward and backward by hand, fast on CPUs, right on any device.
 
-Backward passes are written out because autograd would keep twice the activations and add rows with `index_add`, which
+The backward pass is written out because autograd would keep twice the activations and add rows with `index_add`, which
 is several times slower than a gather in a fixed order. Measurements behind each choice: docs/benchmarks.md.
 
-    N tokens, D model, E experts, K choices, F expert width, M = N*K rows in expert order, V vocabulary
+    N tokens, D model, E experts, K choices, F expert width, M = N*K rows in expert order
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# ------------------------------------------------------------------------------------------------------------- experts
-
 
 FILL = 16  # rows an expert is filled up to, at least, where products are built for each size: see `_filled`
 
@@ -134,15 +132,32 @@ def _row_gates(gates: Tensor, order: Order, dtype: torch.dtype) -> Tensor:
 
 def experts_forward(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """-> (y [N, D], z [R, 2F] gate and up activations in expert order, kept for the backward pass)."""
-    width = w2.shape[2]
     order = expert_order(experts, w13.shape[0], _fills(x))
     if x.shape[0] == 0:
-        return x.new_zeros(x.shape), x.new_empty(order.choice.shape[0], 2 * width)
-    z = rows_by_weight(_gather(x, order), w13.mT, order.ends)
+        return x.new_zeros(x.shape), x.new_empty(order.choice.shape[0], w13.shape[1])
+    rows, z = _forward(_gather(x, order), w13, w2, order.ends, _row_gates(gates, order, x.dtype))
+    return _combine(rows, order), z
+
+
+def rows_forward(rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [M, D] in expert order -> (y [M, D], zero past ends[-1]; z [M, 2F])."""
+    y, z = _forward(rows, w13, w2, ends, row_gates.to(rows.dtype).unsqueeze(1))
+    return torch.where(_live(rows, ends), y, 0), z
+
+
+def _live(rows: Tensor, ends: Tensor) -> Tensor:
+    """[M, 1] bool: rows that an expert owns."""
+    return (torch.arange(rows.shape[0], device=rows.device) < ends[-1]).unsqueeze(1)
+
+
+def _forward(rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """[R, D] rows, [R, 1] gates -> [R, D], z [R, 2F]; what stands past ends[-1] means nothing."""
+    width = w2.shape[2]
+    z = rows_by_weight(rows, w13.mT, ends)
     if z.device.type == "cpu":  # elsewhere the tail stays unwritten, since its size would have to be waited for
-        z[int(order.ends[-1]) :].zero_()
-    a = F.silu(z[:, :width]).mul_(z[:, width:]).mul_(_row_gates(gates, order, x.dtype))
-    return _combine(rows_by_weight(a, w2.mT, order.ends), order), z
+        z[int(ends[-1]) :].zero_()
+    a = F.silu(z[:, :width]).mul_(z[:, width:]).mul_(g)
+    return rows_by_weight(a, w2.mT, ends), z
 
 
 GATHER = 24 << 20  # bytes of gathered weights up to which copying them beats a product for each expert (measured)
@@ -177,188 +192,46 @@ def experts_backward(
     Rows without a choice carry gate zero, so their gradients are zero without a mask; rows past `ends[-1]` are never
     read by a product, nor by `place`.
     """
-    width = w2.shape[2]
     if x.shape[0] == 0:
         return x.new_zeros(x.shape), w13.new_zeros(w13.shape), w2.new_zeros(w2.shape), gates.new_zeros(gates.shape)
     order = expert_order(experts, w13.shape[0], _fills(x))
-    gate, up = z[:, :width], z[:, width:]
     g = _row_gates(gates, order, x.dtype)
-    dy_rows = _gather(dy.contiguous(), order)
-    dh = rows_by_weight(dy_rows, w2, order.ends)  # gradient of gate weight times activation
+    drows, dw13, dw2, dg = _backward(
+        _gather(dy.contiguous(), order), lambda: _gather(x, order), w13, w2, order.ends, g, z, gates.dtype
+    )
+    dgates = gates.new_zeros(experts.numel() + 1)
+    dgates[order.choice] = dg
+    return _combine(drows, order), dw13, dw2, dgates[:-1].view(gates.shape)
+
+
+def rows_backward(
+    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of rows, w13, w2, row_gates, in their dtypes."""
+    g = row_gates.to(rows.dtype).unsqueeze(1)
+    drows, dw13, dw2, dg = _backward(dy.contiguous(), lambda: rows, w13, w2, ends, g, z, row_gates.dtype)
+    live = _live(rows, ends)
+    return torch.where(live, drows, 0), dw13, dw2, torch.where(live.squeeze(1), dg, 0)
+
+
+def _backward(
+    dy: Tensor, rows: Callable[[], Tensor], w13: Tensor, w2: Tensor, ends: Tensor, g: Tensor, z: Tensor,
+    gate_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """[R, D] upstream rows -> gradients of rows, w13, w2 and g [R]. `rows` makes the forward's rows when needed."""
+    width = w2.shape[2]
+    gate, up = z[:, :width], z[:, width:]
+    dh = rows_by_weight(dy, w2, ends)  # gradient of gate weight times activation
     sig = torch.sigmoid(gate)
     silu = gate * sig
     a = silu * up
-    dgates = gates.new_zeros(experts.numel() + 1)
-    dgates[order.choice] = (dh * a).sum(1, dtype=gates.dtype)
-    dw2 = rows_by_rows(dy_rows, a.mul_(g), order.ends)
-    del dy_rows
+    dg = (dh * a).sum(1, dtype=gate_dtype)
+    dw2 = rows_by_rows(dy, a.mul_(g), ends)
+    del dy
     dh.mul_(g)
     dz = torch.empty_like(z)
     torch.mul(dh, silu, out=dz[:, width:])
     sig.add_(silu.mul_(1 - sig))  # d silu / d gate = sigmoid + silu (1 - sigmoid)
     torch.mul(dh.mul_(up), sig, out=dz[:, :width])
-    dw13 = rows_by_rows(dz, _gather(x, order), order.ends)
-    dx = _combine(rows_by_weight(dz, w13, order.ends), order)
-    return dx, dw13, dw2, dgates[:-1].view(gates.shape)
-
-
-# ---------------------------------------------------------------------------------------------------------------- norm
-
-
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-> (x / rms(x) * weight, 1 / rms(x) [..., 1] in fp32 or wider). Keeps no normalised copy for the backward pass."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * r).mul_(weight).to(x.dtype).contiguous(), r.contiguous()
-
-
-def rms_norm_of_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """-> y alone, for decoding, where time goes into calls: half as many as in the library's.
-
-    A plain number in a sum costs more than a tensor with it (measured), hence `new_full`.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    size = torch.linalg.vector_norm(x, 2, -1, True, dtype=wide)
-    mean = torch.addcmul(size.new_full((), eps), size, size, value=1 / x.shape[-1])
-    y = (x * mean.rsqrt_()).mul_(weight)
-    return y if x.dtype is wide else y.to(x.dtype)
-
-
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """-> gradients of x and weight: dx = r (dy w - xhat mean(dy w xhat))."""
-    width = x.shape[-1]
-    xhat = (x * r).reshape(-1, width)
-    g = dy.reshape(-1, width) * xhat
-    dw = g.sum(0)
-    mean = torch.mv(g, weight.to(g.dtype)).div_(width).unsqueeze(1)
-    dx = (dy.reshape(-1, width) * weight.to(g.dtype)).sub_(xhat.mul_(mean)).mul_(r.reshape(-1, 1))
-    return dx.view(x.shape).to(x.dtype), dw.to(weight.dtype)
-
-
-# --------------------------------------------------------------------------------------------------- products of few rows
-
-
-def for_few_rows(weight: Tensor) -> Tensor:
-    """[out, in] -> the same matrix, laid out in memory as a product with one row reads it fastest.
-
-    In fp32 on a CPU that is by columns: a row's dot products fetch a cold matrix at a third of the speed (measured).
-    """
-    if weight.dtype == torch.float32 and weight.device.type == "cpu":
-        return weight.t().contiguous().t()
-    return weight
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
-
-BLOCK = 128  # query rows a pass: keys after the block are never touched, and its scores stay in the cache (measured)
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[B, T, H, d] -> contiguous [B*H, T, d]."""
-    b, t, h, d = x.shape
-    return x.transpose(1, 2).reshape(b * h, t, d)
-
-
-def _heads_last(x: Tensor, batch: int, heads: int) -> Tensor:
-    """[B*H, T, d] -> contiguous [B, T, H, d]."""
-    return x.view(batch, heads, *x.shape[1:]).transpose(1, 2).contiguous()
-
-
-def attention_pairs(time: int) -> list[int]:
-    """Scores a head holds for each block of queries."""
-    ends = [min(start + BLOCK, time) for start in range(0, time, BLOCK)]
-    return [(end - start) * end for start, end in zip(range(0, time, BLOCK), ends)]
-
-
-def _blocks(p: Tensor, heads: int, time: int) -> list[tuple[int, int, Tensor]]:
-    """Query blocks (start, end, probabilities [B*H, end - start, end]); the latter are views of one flat buffer.
-
-    A buffer that holds only the largest block is used again by each: for who needs no block twice.
-    """
-    result, offset = [], 0
-    pairs = attention_pairs(time)
-    whole = p.numel() == heads * sum(pairs)
-    for start, pair in zip(range(0, time, BLOCK), pairs):
-        end = min(start + BLOCK, time)
-        result.append((start, end, p[offset : offset + heads * pair].view(heads, end - start, end)))
-        offset += heads * pair if whole else 0
-    return result
-
-
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None, with_grad: bool = True
-) -> tuple[Tensor, Tensor]:
-    """-> (o [B, T, H, dv], p: the causal half of the probabilities, flat, kept for the backward pass, else empty).
-
-    Scores are held in the inputs' dtype (the products accumulate in fp32), the softmax runs in fp32. On the CPUs we
-    measured this is 2-3 times faster than the fused scaled_dot_product_attention, which has no fast path there.
-    """
-    batch, time, heads, _ = q.shape
-    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    bh = batch * heads
-    o = v.new_empty(bh, time, v.shape[2])
-    p = q.new_empty(bh * sum(attention_pairs(time)) if with_grad else 0)
-    minus_inf = float("-inf")
-    for start, end, s in _blocks(p if with_grad else q.new_empty(bh * max(attention_pairs(time), default=0)), bh, time):
-        torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2), out=s)
-        s.mul_(scale)
-        if segment_ids is None:
-            s[:, :, start:end].add_(s.new_full((end - start, end - start), minus_inf).triu_(1))
-        else:
-            future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu_(start + 1)
-            hidden = future | (segment_ids[:, start:end, None] != segment_ids[:, None, :end])
-            mask = torch.zeros(hidden.shape, dtype=s.dtype, device=q.device).masked_fill_(hidden, minus_inf)
-            s.view(batch, heads, *s.shape[1:]).add_(mask.unsqueeze(1))
-        torch.softmax(s, -1, out=s)
-        o[:, start:end] = torch.bmm(s, v[:, :end])
-    return _heads_last(o, batch, heads), p
-
-
-def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, p: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v, in their shapes."""
-    batch, time, heads, _ = q.shape
-    q, k, v, o, do = (_heads_first(x) for x in (q, k, v, o, do))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    delta = (o.to(wide) * do).sum(-1, keepdim=True).to(q.dtype)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start, end, s in reversed(_blocks(p, batch * heads, time)):
-        g = do[:, start:end]
-        dv[:, :end] += torch.bmm(s.transpose(1, 2), g)
-        ds = torch.bmm(g, v[:, :end].transpose(1, 2))
-        ds.sub_(delta[:, start:end]).mul_(s).mul_(scale)
-        dq[:, start:end] = torch.bmm(ds, k[:, :end])
-        dk[:, :end] += torch.bmm(ds.transpose(1, 2), q[:, start:end])
-    return _heads_last(dq, batch, heads), _heads_last(dk, batch, heads), _heads_last(dv, batch, heads)
-
-
-# ------------------------------------------------------------------------------------------------------ head with loss
-
-
-def linear_cross_entropy_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (sum of the losses, d loss / d hidden, d loss / d weight); gradients are empty when not asked for.
-
-    Gradients are made while a chunk's logits are at hand, so [N, V] never exists. The losses and the sum of d weight
-    are fp32 or wider; the logits and their gradient have the inputs' dtype.
-    """
-    n, vocab = hidden.shape[0], weight.shape[0]
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    total = torch.zeros((), dtype=wide, device=hidden.device)
-    dh = hidden.new_empty(hidden.shape) if with_grad else hidden.new_empty(0)
-    dw = torch.zeros(vocab, weight.shape[1], dtype=wide, device=weight.device) if with_grad else weight.new_empty(0)
-    for start in range(0, n, chunk):
-        h, t = hidden[start : start + chunk], targets[start : start + chunk]
-        logits = torch.mm(h, weight.t())
-        valid = (t >= 0).unsqueeze(1)
-        index = t.clamp_min(0).unsqueeze(1)
-        logp = torch.log_softmax(logits, 1, dtype=wide)
-        total -= torch.where(valid, logp.gather(1, index), 0).sum()
-        if with_grad:
-            p = torch.softmax(logits, 1)
-            p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-            torch.mul(torch.mm(p, weight), valid, out=dh[start : start + chunk])
-            dw += torch.mm(p.t(), h * valid)
-    return total, dh, dw.to(weight.dtype)
+    dw13 = rows_by_rows(dz, rows(), ends)
+    return rows_by_weight(dz, w13, ends), dw13, dw2, dg

@@ -32,6 +32,15 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor) 
     return torch.stack(rows) + used if rows else x + used
 
 
+def grouped_swiglu(rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor) -> Tensor:
+    """[M, D] rows in expert order, ends [E], [M] gates -> [M, D]; rows past ends[-1] are nobody's and give zeros."""
+    bounds = [0, *ends.tolist()]
+    owner = [e for e in range(len(ends)) for _ in range(bounds[e], bounds[e + 1])]
+    ids = torch.tensor(owner + [-1] * (len(rows) - len(owner)), dtype=torch.int64).view(-1, 1)
+    live = (ids >= 0).to(rows.device)
+    return experts(torch.where(live, rows, 0), w13, w2, ids, torch.where(live, row_gates.unsqueeze(1), 0))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None = None) -> Tensor:
     """Causal attention, [B, T, H, dqk] x 2, [B, T, H, dv] -> [B, T, H, dv]; positions see their own segment only."""
     batch, time, heads, _ = q.shape
@@ -60,9 +69,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return total
 
 
-def route(
-    scores: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, group_top: int = 2
-) -> list[list[int]]:
+def route(scores: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, group_top: int = 2) -> list[list[int]]:
     """[N, E] affinities and [E] bias -> per token the K chosen ids, best biased score first, lowest id first on a tie.
 
     Group score: sum of the `group_top` best biased scores of the group (V3: 2; V2: 1). Excluded groups score -inf.

@@ -18,11 +18,11 @@ import moe.layers.balance
 import moe.layers.router
 import moe.model
 import moe.objectives.pretraining
-from moe import ops
-from moe.kernels import eager
+from moe.kernels import attention, eager, head
 from moe.layers.balance import Counting, LossFree
 from moe.layers.cache import LatentCache
 from moe.layers.router import Router
+from moe.ops import paths
 
 HERE = pathlib.Path(__file__).parent
 
@@ -394,7 +394,7 @@ def grouped(empty, rows_of):
 
 
 def expert_test(agree, case="few"):
-    return lambda: real("test_ops").test_experts_agree_with_the_loops_in_value_and_every_gradient(
+    return lambda: real("ops/test_grouped").test_experts_agree_with_the_loops_in_value_and_every_gradient(
         agree, case, torch.float64, 11, 5, 2, 9, 7
     )
 
@@ -424,22 +424,22 @@ def test_weight_gradients_of_idle_experts_that_were_never_written(caught, agree)
 
 
 def test_attention_that_lets_documents_see_each_other(caught, agree):
-    forward = eager.attention_forward
+    forward = attention.attention_forward
     caught(
-        lambda: real("test_ops").test_attention_longer_than_a_block_agrees_with_whole_scores(agree, True, 129),
-        lambda patch: patch.setattr(eager, "attention_forward", lambda q, k, v, s, _: forward(q, k, v, s, None)),
+        lambda: real("ops/test_attend").test_attention_longer_than_a_block_agrees_with_whole_scores(agree, True, 129),
+        lambda patch: patch.setattr(attention, "attention_forward", lambda q, k, v, s, _: forward(q, k, v, s, None)),
     )
 
 
 def test_a_head_loss_that_counts_masked_targets(caught, agree):
-    forward = eager.linear_cross_entropy_forward
+    forward = head.linear_cross_entropy_forward
     torch.manual_seed(0)
     caught(
-        lambda: real("test_ops").test_head_loss_agrees_with_cross_entropy_in_value_and_every_gradient(
+        lambda: real("ops/test_head").test_head_loss_agrees_with_cross_entropy_in_value_and_every_gradient(
             agree, torch.float64, 13, 4
         ),
         lambda patch: patch.setattr(
-            eager, "linear_cross_entropy_forward", lambda h, w, t, *rest: forward(h, w, t.clamp_min(0), *rest)
+            head, "linear_cross_entropy_forward", lambda h, w, t, *rest: forward(h, w, t.clamp_min(0), *rest)
         ),
     )
 
@@ -536,6 +536,6 @@ def test_replay_that_is_accepted_and_ignored(caught, small, agree):
 def test_a_path_of_ops_that_is_asked_for_and_not_taken(caught, agree, ops_path):
     def call():
         with pytest.MonkeyPatch.context() as patch:
-            real("test_ops").test_reference_path_answers_when_the_environment_asks(ops_path, patch, agree)
+            real("ops/test_paths").test_reference_path_answers_when_the_environment_asks(ops_path, patch, agree)
 
-    caught(call, lambda patch: patch.setattr(ops, "selected", lambda: "torch"))
+    caught(call, lambda patch: patch.setattr(paths, "selected", lambda: "torch"))

@@ -24,7 +24,7 @@ FORMULA = (
     "use of the head included) + 2 H (d_qk + d_v) (S + 1) / 2 per layer; recomputation is never counted"
 )
 CHUNK = 512  # rows of logits that exist at a time: ops.linear_cross_entropy
-BLOCK = 128  # query rows of a pass of the CPU attention, which keeps its probabilities: kernels/eager.py
+BLOCK = 128  # query rows of a pass of the CPU attention, which keeps its probabilities: kernels/attention.py
 
 
 @dataclass(frozen=True)
