@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     on_gpu = cfg.train.device == "cuda" or (cfg.train.device == "auto" and torch.cuda.is_available())
     plan = planner.plan(
         cfg.model, cfg.data.seq_len, cfg.train.batch_tokens, cfg.train.micro_batch_size, cfg.train.precision,
-        cfg.train.activation_checkpointing, fused=on_gpu,
+        cfg.train.activation_checkpointing, fused=on_gpu, recompute_z=cfg.train.recompute_z,
     )  # fmt: skip
     print(json.dumps(plan.to_dict(), indent=1) if "--json" in argv else planner.table(plan))
 

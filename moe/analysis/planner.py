@@ -199,7 +199,7 @@ def mfu_flops(config: ModelConfig, seq_len: int, mtp: bool | None = None) -> flo
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, fused: bool) -> int:
+def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, fused: bool, recompute_z: bool = False) -> int:
     """Bytes a token that one block keeps for its backward pass, of working type with `b` bytes."""
     d, heads = c.hidden_size, c.num_attention_heads
     wide = [d, d, c.kv_lora_rank, c.q_lora_rank or 0]
@@ -211,7 +211,8 @@ def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, fused: bool) -> int
     if c.is_dense(layer):
         return kept + 4 * b * c.intermediate_size
     kept += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok + (4 * d if b < 4 else 0)  # scores, ids, gates: wide
-    return kept + b * c.moe_intermediate_size * (2 * c.num_experts_per_tok + 4 * c.n_shared_experts)
+    z = 0 if recompute_z else 2 * c.num_experts_per_tok
+    return kept + b * c.moe_intermediate_size * (z + 4 * c.n_shared_experts)
 
 
 def _norm(width: int, b: int, fused: bool) -> int:
@@ -233,6 +234,7 @@ def memory(
     activation_checkpointing: bool = False,
     fused: bool = False,
     mtp: bool = True,
+    recompute_z: bool = False,
 ) -> Memory:
     """Training memory of one rank that takes `rows` rows a pass. fused: on a GPU, where fused attention keeps no
     probabilities and experts need no filling."""
@@ -242,15 +244,15 @@ def memory(
     b = 2 if precision == "bf16" else 4
     tokens, d = rows * seq_len, c.hidden_size
     depths = c.num_nextn_predict_layers if mtp else 0
-    blocks: list[float] = [_saved(c, i, seq_len, b, fused) for i in range(c.num_hidden_layers)]
-    if b == 2 and not fused:  # a share of each token, so that it counts like the rest
+    blocks: list[float] = [_saved(c, i, seq_len, b, fused, recompute_z) for i in range(c.num_hidden_layers)]
+    if b == 2 and not fused and not recompute_z:  # a share of each token, so that it counts like the rest
         spare = 2 * b * c.moe_intermediate_size * _fill(c, tokens) / tokens
         blocks = [size if c.is_dense(i) else size + spare for i, size in enumerate(blocks)]
     ahead = [  # the MTP module is one unit of recomputation; its projection reads two normed states
-        (2 * _norm(d, b, fused) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, fused)) * c.mtp_rows
+        (2 * _norm(d, b, fused) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, fused, recompute_z)) * c.mtp_rows
         for k in range(depths)
     ]
-    if b == 2 and not fused and c.n_routed_experts:
+    if b == 2 and not fused and not recompute_z and c.n_routed_experts:
         part = max(1, round(rows * c.mtp_rows)) * seq_len
         ahead = [size + 2 * b * c.moe_intermediate_size * _fill(c, part) / tokens for size in ahead]
     outside = (1 + depths * c.mtp_rows) * _norm(d, b, fused)
@@ -285,6 +287,7 @@ def plan(
     activation_checkpointing: bool = False,
     fused: bool = False,
     world_size: int = 1,
+    recompute_z: bool = False,
 ) -> Plan:
     """Everything about one configuration. batch_tokens: of one optimizer step over all ranks; micro_batch_size: rows of
     one pass on one rank."""
@@ -307,7 +310,7 @@ def plan(
         twin = Twin(dense.intermediate_size, size.total, size.active, flops(dense, seq_len).training)
     return Plan(
         c.name, parameters(c), flops(c, seq_len), Cache(elements, full, 2 * elements, 2 * full),
-        memory(c, seq_len, per_pass, precision, activation_checkpointing, fused), balance, twin,
+        memory(c, seq_len, per_pass, precision, activation_checkpointing, fused, recompute_z=recompute_z), balance, twin,
         batch_tokens, math.ceil(rows / per_pass), precision, notes,
     )  # fmt: skip
 

@@ -18,11 +18,13 @@ class Experts(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(n_routed_experts, 2 * moe_intermediate_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
+        self.recompute_z = False  # the first product again in the backward pass, instead of 2FK numbers a token
         nn.init.normal_(self.w13, std=hidden_size**-0.5)
         nn.init.normal_(self.w2, std=moe_intermediate_size**-0.5)
 
     def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """x [..., D], experts and gates [..., K] -> [..., D]. Ids outside [0, E) are no expert."""
         k = experts.shape[-1]
-        y = ops.experts(x.reshape(-1, x.shape[-1]), self.w13, self.w2, experts.reshape(-1, k), gates.reshape(-1, k))
+        ids, gates = experts.reshape(-1, k), gates.reshape(-1, k)
+        y = ops.experts(x.reshape(-1, x.shape[-1]), self.w13, self.w2, ids, gates, self.recompute_z)
         return y.view(x.shape)

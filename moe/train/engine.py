@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.config import OptimConfig, TrainConfig
+from moe.layers.experts import Experts
 from moe.parallel import Ranks
 from moe.train.optim import adamw, learning_rate
 
@@ -46,6 +47,9 @@ class Engine:
         ops.select(train.ops)
         learning_rate(optim, 1, train.steps)  # an unknown schedule is told before anything is built
         objective.model.activation_checkpointing = train.activation_checkpointing
+        for module in objective.modules():
+            if isinstance(module, Experts):
+                module.recompute_z = train.recompute_z
         self.objective, self.ranks, self.clip = objective.to(ranks.device), ranks, optim.grad_clip
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.named: dict[str, nn.Parameter] = dict(objective.named_parameters())

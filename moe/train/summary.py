@@ -45,7 +45,7 @@ def dry_run(cfg: Any, run_dir: str | Path) -> None:
     cuda = c.train.device != "cpu" and torch.cuda.is_available()
     plan = planner.plan(
         c.model, c.data.seq_len, c.train.batch_tokens, c.train.micro_batch_size, c.train.precision,
-        c.train.activation_checkpointing, fused=cuda, world_size=world,
+        c.train.activation_checkpointing, fused=cuda, world_size=world, recompute_z=c.train.recompute_z,
     )  # fmt: skip
     with torch.device("meta"):
         Transformer(c.model)  # unknown attentions and routers are told here too; no memory is taken

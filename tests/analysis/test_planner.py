@@ -7,6 +7,7 @@ import torch
 from moe.analysis import planner
 from moe.config import PRESETS, ModelConfig
 from moe.layers.balance import routers
+from moe.layers.experts import Experts
 from moe.model import Transformer
 from moe.objectives import Pretraining
 
@@ -145,10 +146,13 @@ def test_memory_of_weights_and_optimizer_is_exact(small):
     assert sum(parts) == bf16.total
 
 
-def saved_bytes(config, rows, time, dtype, checkpointing):
+def saved_bytes(config, rows, time, dtype, checkpointing, recompute_z=False):
     """Bytes that autograd keeps in one forward pass, parameters apart."""
     model = Transformer(config).train().to(dtype)
     model.activation_checkpointing = checkpointing
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.recompute_z = recompute_z
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -174,6 +178,15 @@ def test_activations_are_what_autograd_keeps(changes, dtype, precision):
     m = planner.memory(config, time, rows, precision)
     logits = rows * time * config.vocab_size * (4 if precision == "fp32" else 6)
     assert m.activations + m.head - logits == pytest.approx(measured, rel=0.1)
+
+
+def test_experts_that_repeat_their_first_product_keep_less():
+    config, rows, time = ModelConfig.preset("tiny", vocab_size=64, mtp_rows=1.0), 2, 160
+    measured = saved_bytes(config, rows, time, torch.float32, checkpointing=False, recompute_z=True)
+    whole, m = (planner.memory(config, time, rows, recompute_z=flag) for flag in (False, True))
+    logits = rows * time * config.vocab_size * 4
+    assert m.activations + m.head - logits == pytest.approx(measured, rel=0.1)
+    assert m.activations < whole.activations
 
 
 def test_checkpointing_keeps_block_inputs_and_one_block():

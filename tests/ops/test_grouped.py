@@ -151,3 +151,84 @@ def test_expert_order_gives_each_choice_one_row_of_its_expert_in_token_order(fil
     place = order.place.flatten()
     assert torch.equal(order.choice[place[live]], torch.arange(n * k)[live]) and place[~live].eq(rows - 1).all()
     assert eager.expert_order(torch.zeros_like(ids), n_experts, fill).choice.shape[0] == rows  # whatever the ids
+
+
+# ------------------------------------------------------------------------------- rows that stand in expert order already
+
+
+def row_inputs(counts, tail, d, f, dtype):
+    """rows, w13, w2, ends, gates for the given rows of each expert; `tail` rows belong to nobody and hold NaN."""
+    n, m = len(counts), sum(counts) + tail
+    rows, gates = torch.randn(m, d), torch.rand(m) + 0.1
+    rows[m - tail :], gates[m - tail :] = float("nan"), float("nan")
+    w13, w2 = torch.randn(n, 2 * f, d) * d**-0.5, torch.randn(n, d, f) * f**-0.5
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    return rows.to(dtype), w13.to(dtype), w2.to(dtype), ends, gates.to(dtype)
+
+
+ROWS = [([3, 0, 5, 1], 0), ([0, 0, 9], 4), ([7], 1), ([0, 0], 3), ([2, 3, 0, 0], 2)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("counts, tail", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_sorted_rows_agree_with_the_loops_and_nobodys_rows_are_zero(agree, dtype, counts, tail, recompute):
+    inputs = row_inputs(counts, tail, 16, 8, dtype)
+    upstream = torch.randn(inputs[0].shape)
+    if tail:
+        upstream[-tail:] = float("nan")  # what is made of them later must not come back either
+    y, gradients = with_gradients(lambda *a: ops.grouped_swiglu(*a, recompute), inputs, upstream, (0, 1, 2, 4))
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    right = upstream.to(dtype).double()
+    if tail:
+        right[-tail:] = 0
+    expected, expected_gradients = with_gradients(reference.grouped_swiglu, wide, right, (0, 1, 2, 4))
+    agree(y, expected, what="y", scale=0.1)
+    for name, a, e in zip(("rows", "w13", "w2", "gates"), gradients, expected_gradients):
+        agree(a, e, what=name, scale=0.1)
+    assert not tail or (not y[-tail:].any() and not gradients[0][-tail:].any() and not gradients[3][-tail:].any())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sorted_rows_are_what_experts_make_of_their_tokens(agree, recompute):
+    """Sorting by hand, `grouped_swiglu` and adding up by hand is `experts`."""
+    x, w13, w2, ids, gates = expert_inputs(ids_of("few", 13, 3, 6), 6, 8, 8, F64)
+    upstream = torch.randn(13, 8)
+    flat = ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=6).cumsum(0).to(torch.int32)
+
+    def by_hand(x, w13, w2, gates):
+        y = ops.grouped_swiglu(x[order // 3], w13, w2, ends, gates.reshape(-1)[order], recompute)
+        return torch.zeros(13, 8, dtype=F64).index_add(0, order // 3, y)
+
+    y, gradients = with_gradients(by_hand, (x, w13, w2, gates), upstream, (0, 1, 2, 3))
+    expected, expected_gradients = with_gradients(
+        lambda x, w13, w2, g: ops.experts(x, w13, w2, ids, g, recompute), (x, w13, w2, gates), upstream, (0, 1, 2, 3)
+    )
+    agree(y, expected)
+    for a, e in zip(gradients, expected_gradients):
+        agree(a, e)
+
+
+@pytest.mark.parametrize("op", ["experts", "grouped_swiglu"])
+def test_repeating_the_first_product_changes_no_bit_and_keeps_less(op):
+    if op == "experts":
+        *inputs, gates = expert_inputs(ids_of("spread", 40, 2, 4), 4, 16, 8, F32)
+    else:
+        *inputs, gates = row_inputs([13, 0, 40, 27], 0, 16, 8, F32)
+    run, upstream = getattr(ops, op), torch.randn(inputs[0].shape)
+    found, kept = [], []
+    for recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            found.append(with_gradients(lambda *a, r=recompute: run(*a, r), (*inputs, gates), upstream, (0, 1, 2, 4)))
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+    assert kept[0] - kept[1] >= 80 * 2 * 8
+
+
+def test_sorted_rows_pass_gradcheck():
+    rows, w13, w2, ends, gates = row_inputs([2, 0, 3], 0, 3, 2, F64)
+    inputs = [t.requires_grad_() for t in (rows, w13, w2, gates)]
+    assert torch.autograd.gradcheck(lambda r, a, b, g: ops.grouped_swiglu(r, a, b, ends, g), inputs)

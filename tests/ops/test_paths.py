@@ -22,6 +22,11 @@ def test_every_op_is_well_formed_for_autograd_and_compilers(dtype):
         torch.ops.moe.experts_backward.default,
         (torch.randn(6, 8, dtype=dtype), *plain, torch.ops.moe.experts.default(*plain, False)[1]),
     )
+    rows = [torch.randn(7, 8, dtype=dtype), *plain[1:3], torch.tensor([2, 2, 5, 6], dtype=torch.int32)]
+    rows = [*rows, torch.rand(7, dtype=dtype)]
+    for recompute in (False, True):
+        inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in rows]
+        torch.library.opcheck(torch.ops.moe.grouped_swiglu.default, (*inputs, recompute))
     qkv = [x.requires_grad_() for x in attention_inputs(2, 5, 2, 4, 3, dtype)]
     for segments in (None, segments_of(2, 5)):
         torch.library.opcheck(torch.ops.moe.attention.default, (*qkv, 0.5, segments))
@@ -54,6 +59,8 @@ def test_compilers_are_told_the_layout_of_results_for_inputs_of_any_layout(op):
         (lambda z: ops.experts(z(3, 4), z(2, 7, 4), z(2, 4, 3), z(3, 1).long(), z(3, 1)), ["(2, 7, 4)"]),
         (lambda z: ops.experts(z(3, 4), z(2, 8, 4), z(2, 4, 4), z(3, 2).long(), z(3, 1)), ["(3, 2)", "(3, 1)"]),
         (lambda z: ops.experts(z(3, 4), z(2, 8, 4), z(2, 4, 4), z(2, 1).long(), z(2, 1)), ["(2, 1)", "N=3"]),
+        (lambda z: ops.grouped_swiglu(z(3, 4), z(2, 8, 4), z(2, 4, 4), z(2).int(), z(2)), ["(2,)", "[3]"]),
+        (lambda z: ops.grouped_swiglu(z(3, 4), z(2, 8, 4), z(2, 4, 4), z(2), z(3)), ["float32", "[2] int32"]),
         (lambda z: ops.attention(z(1, 3, 2, 4), z(1, 3, 2, 5), z(1, 3, 2, 4), 1.0), ["(1, 3, 2, 4)", "(1, 3, 2, 5)"]),
         (lambda z: ops.attention(z(1, 3, 2, 4), z(1, 3, 2, 4), z(1, 4, 2, 4), 1.0), ["(1, 4, 2, 4)"]),
         (lambda z: ops.rms_norm(z(3, 4), z(3), 1e-6), ["(3, 4)", "(3,)"]),
