@@ -25,7 +25,10 @@ def main() -> None:
     cfg = config.load(config.GenerateRecipe)
     if not cfg.run.init:
         raise config.UserError("run.init is not set; name a run folder or a Hugging Face folder: run=FOLDER")
-    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(errors="replace")
+    elif cfg.generate.prompt is None:
+        raise config.UserError("there is no standard input to read prompts from; give generate.prompt=TEXT")
     with parallel.session(cfg.train) as ranks:
         ops.select(cfg.train.ops)
         found = load_model(cfg.run.init)
@@ -56,6 +59,7 @@ def answer(wish: config.GenerateConfig, found: Pretrained, text: str, echo: str 
     """Print the continuations of `text` one after the other, each with what it took."""
     model, tokenizer, _ = found
     reach, bos = model.config.max_position_embeddings, [] if tokenizer.bos is None else [tokenizer.bos]
+    text = text.encode(errors="replace").decode()  # bytes of an argument that were no UTF-8
     if not text:
         raise config.UserError("generate.prompt is empty; give some text, or leave it out to be asked")
     ids = chat_prompt([("user", text)], tokenizer) if wish.chat else bos + tokenizer.encode(text)

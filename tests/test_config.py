@@ -125,6 +125,7 @@ def test_a_row_must_hold_a_target_for_every_depth():
     "text, words",
     [
         ("train:\n  steps: [1\n", ["x.yaml", "not valid YAML", "line"]),
+        ("train:\n  steps: 1\n  seed: 2\n  steps: 3\n", ["x.yaml", "line 4", "'steps' stands twice"]),
         ("- 1\n- 2\n", ["x.yaml", "sections"]),
         ("train: 5\n", ["train=5", "whole section"]),
         ("train:\n  stesp: 5\n", ["train.stesp", "did you mean 'train.steps'"]),

@@ -185,11 +185,16 @@ def read_yaml(file: str, seen: tuple[str, ...] = ()) -> list[dict]:
 
 
 def _yaml(text: Any) -> Any:
-    """YAML in which 1e-3 is a number, as everyone who types it means it (YAML 1.1 reads text)."""
+    """YAML in which 1e-3 is a number, as everyone who types it means it (YAML 1.1 reads text), and a key stands once."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            for i, (key, _) in enumerate(node.value):
+                if key.value in keys[:i]:  # the last would win, and nobody would know
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))

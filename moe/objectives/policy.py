@@ -62,6 +62,9 @@ def policy_loss(
     rule, fix = _entry("grpo.loss", loss, LOSSES), _entry("grpo.correction", correction, CORRECTIONS)
     divergence, clip = _entry("grpo.kl", kl, KLS), _clip(rule, loss, clip_low, clip_high, dual_clip)
     _check_shapes(logp, advantages, mask, logp_old=logp_old, logp_rollout=logp_rollout, logp_ref=logp_ref)
+    for name, value, low in (("beta", beta, 0), ("max_length", max_length, 1)):
+        if value is not None and not value >= low:
+            raise UserError(f"policy_loss: {name}={value} must be at least {low}")
     _needs(f"grpo.loss={loss!r} divides by a constant length", rule.aggregate is fixed_length, max_length=max_length)
     _needs(f"grpo.correction={correction!r} weighs by the sampler", fix is not None, logp_rollout=logp_rollout)
     _needs(f"grpo.beta={beta} pulls to a reference policy", beta != 0, logp_ref=logp_ref)
@@ -257,6 +260,8 @@ def _clip(rule: Rule, loss: str, low: float | None, high: float | None, dual: fl
     for side, asked, own in (("low", low, rule.clip_low), ("high", high, rule.clip_high)):
         if asked is not None and own is None:
             raise UserError(f"grpo.clip_{side}={asked}: grpo.loss={loss!r} has no such clip; leave it null")
+        if asked is not None and not asked > 0:
+            raise UserError(f"grpo.clip_{side}={asked} must be above 0: it is a distance from ratio 1")
     low, high = rule.clip_low if low is None else low, rule.clip_high if high is None else high
     if dual is not None and (rule.surrogate is not clipped or dual <= 1 + high):
         raise UserError(

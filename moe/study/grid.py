@@ -146,6 +146,10 @@ def load_study(argv: list[str]) -> Study:
     arms = {first: arms[first]} | arms
     folder = Path(settings.folder or f"runs/study-{settings.name}")
     metrics = _entries(Metric, settings.metrics or [{"name": "val/loss"}])
+    names = [m.name for m in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"study.metrics: {name} stands twice; leave one out")
     claims = _entries(Claim, settings.claims)
     for claim in claims:
         for what, value, known in (

@@ -120,7 +120,10 @@ def _settle(ended: Running, screen: Screen) -> bool:
     said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     left = "tried again" if ended.attempt < ATTEMPTS else f"left alone; see {cell.folder / 'stdout.log'}"
     screen.line(f"{cell.name}: failed with code {code} ({said}); {left}")
-    replace(cell.folder / "failed", f"code {code}, attempt {ended.attempt}: {said}\n")
+    try:
+        replace(cell.folder / "failed", f"code {code}, attempt {ended.attempt}: {said}\n")
+    except (OSError, UserError) as error:  # a full disk may be why the run failed; the screen has said so
+        screen.line(f"{cell.name}: {cell.folder / 'failed'} cannot be written: {error}")
     return True
 
 

@@ -368,6 +368,9 @@ def entry(main: Callable[[], None]) -> None:
             raise SystemExit(_end(f"error: {' '.join(str(error).split())}", 2)) from None
         except KeyboardInterrupt:
             raise SystemExit(_end("interrupted; the same command with the same run.dir resumes", 130)) from None
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # what is left to flush has no reader
+            raise SystemExit(_end("error: nobody reads the output any more; the same command resumes", 1)) from None
         except RuntimeError as error:
             if not parallel.lost_peer(error):
                 raise

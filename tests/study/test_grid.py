@@ -88,6 +88,7 @@ def test_all_bad_cells_are_told_at_once(toy, tmp_path):
         ({"study": {"metrics": "val/loss"}}, "study.metrics must be a list"),
         ({"study": {"metrics": [{"better": "up"}]}}, "study.metrics.better='up'"),
         ({"study": {"metrics": [{"scale": "ratio", "margin": 0.1}]}}, "write 1.1 for ten per cent"),
+        ({"study": {"metrics": [{"name": "val/loss"}, {"name": "val/loss"}]}}, "study.metrics: val/loss stands twice; leave one out"),
         ({"study": {"claims": [{"arm": "nine"}]}}, "study.claims: arm='nine' is not one of ['none']"),
         ({"study": {"claims": [{"arm": "none", "metric": "val/bpb"}]}}, "study.claims: metric='val/bpb'"),
         ({"study": {"claims": [{"arm": "none", "expect": "worse"}]}}, "study.claims.expect='worse'"),
