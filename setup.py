@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["moe", "moe.*"]), "moe.kernels"],
     package_dir={"moe.kernels": "kernels"},
-    package_data={"moe.kernels": ["native/*"]},
+    package_data={"moe.kernels": ["*.json", "native/*"]},
     # `import moe` and `moe.kernels` need torch, numpy and (for the Triton path) triton alone; a function that needs one
     # of the others imports it when it is called. constraints.txt pins what was tested.
     install_requires=[

@@ -185,19 +185,20 @@ def experts_of_few(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: T
 
 
 def experts_backward(
-    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor
+    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor, weights: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of x, w13, w2, gates, in their dtypes.
+    """-> gradients of x, w13, w2, gates, in their dtypes; those of the weights empty unless wanted.
 
     Rows without a choice carry gate zero, so their gradients are zero without a mask; rows past `ends[-1]` are never
     read by a product, nor by `place`.
     """
     if x.shape[0] == 0:
-        return x.new_zeros(x.shape), w13.new_zeros(w13.shape), w2.new_zeros(w2.shape), gates.new_zeros(gates.shape)
+        dw13, dw2 = (w.new_zeros(w.shape if weights else 0) for w in (w13, w2))
+        return x.new_zeros(x.shape), dw13, dw2, gates.new_zeros(gates.shape)
     order = expert_order(experts, w13.shape[0], _fills(x))
     g = _row_gates(gates, order, x.dtype)
     drows, dw13, dw2, dg = _backward(
-        _gather(dy.contiguous(), order), lambda: _gather(x, order), w13, w2, order.ends, g, z, gates.dtype
+        _gather(dy.contiguous(), order), lambda: _gather(x, order), w13, w2, order.ends, g, z, gates.dtype, weights
     )
     dgates = gates.new_zeros(experts.numel() + 1)
     dgates[order.choice] = dg
@@ -205,18 +206,18 @@ def experts_backward(
 
 
 def rows_backward(
-    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor
+    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor, weights: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> gradients of rows, w13, w2, row_gates, in their dtypes."""
+    """-> gradients of rows, w13, w2, row_gates, in their dtypes; those of the weights empty unless wanted."""
     g = row_gates.to(rows.dtype).unsqueeze(1)
-    drows, dw13, dw2, dg = _backward(dy.contiguous(), lambda: rows, w13, w2, ends, g, z, row_gates.dtype)
+    drows, dw13, dw2, dg = _backward(dy.contiguous(), lambda: rows, w13, w2, ends, g, z, row_gates.dtype, weights)
     live = _live(rows, ends)
     return torch.where(live, drows, 0), dw13, dw2, torch.where(live.squeeze(1), dg, 0)
 
 
 def _backward(
     dy: Tensor, rows: Callable[[], Tensor], w13: Tensor, w2: Tensor, ends: Tensor, g: Tensor, z: Tensor,
-    gate_dtype: torch.dtype,
+    gate_dtype: torch.dtype, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """[R, D] upstream rows -> gradients of rows, w13, w2 and g [R]. `rows` makes the forward's rows when needed."""
     width = w2.shape[2]
@@ -226,12 +227,12 @@ def _backward(
     silu = gate * sig
     a = silu * up
     dg = (dh * a).sum(1, dtype=gate_dtype)
-    dw2 = rows_by_rows(dy, a.mul_(g), ends)
+    dw2 = rows_by_rows(dy, a.mul_(g), ends) if weights else w2.new_empty(0)
     del dy
     dh.mul_(g)
     dz = torch.empty_like(z)
     torch.mul(dh, silu, out=dz[:, width:])
     sig.add_(silu.mul_(1 - sig))  # d silu / d gate = sigmoid + silu (1 - sigmoid)
     torch.mul(dh.mul_(up), sig, out=dz[:, :width])
-    dw13 = rows_by_rows(dz, rows(), ends)
+    dw13 = rows_by_rows(dz, rows(), ends) if weights else w13.new_empty(0)
     return rows_by_weight(dz, w13, ends), dw13, dw2, dg

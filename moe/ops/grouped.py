@@ -71,6 +71,18 @@ def _check_weights(op: str, x: Tensor, w13: Tensor, w2: Tensor) -> None:
         )
 
 
+def _trained(ctx) -> bool:
+    """Whether anybody wants the weights' gradients: not where experts are frozen and an adapter is trained."""
+    return any(ctx.needs_input_grad[1:3])
+
+
+def _empty(x: Tensor, w13: Tensor, w2: Tensor, gates: Tensor, weights: bool) -> tuple[Tensor, ...]:
+    """Shapes of a backward pass's results: unwanted gradients of weights are empty."""
+    return tuple(
+        t.new_empty(t.shape if wanted else 0) for t, wanted in zip((x, w13, w2, gates), (1, weights, weights, 1))
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- PyTorch
 
 
@@ -90,16 +102,16 @@ def _(x, w13, w2, experts, gates, recompute_z):
 
 @torch.library.custom_op("moe::experts_backward", mutates_args=())
 def _experts_backward(
-    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor
+    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not z.numel():
         z = eager.experts_forward(x, w13, w2, experts, gates)[1]
-    return eager.experts_backward(dy, x, w13, w2, experts, gates, z)
+    return eager.experts_backward(dy, x, w13, w2, experts, gates, z, weights)
 
 
 @_experts_backward.register_fake
-def _(dy, x, w13, w2, experts, gates, z):
-    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, gates))
+def _(dy, x, w13, w2, experts, gates, z, weights):
+    return _empty(x, w13, w2, gates, weights)
 
 
 def _experts_setup(ctx, inputs, output):
@@ -108,7 +120,7 @@ def _experts_setup(ctx, inputs, output):
 
 def _experts_grad(ctx, dy, dz):
     x, w13, w2, ids, gates, z = ctx.saved_tensors
-    dx, dw13, dw2, dgates = _experts_backward(dy, x, w13, w2, ids, gates, z)
+    dx, dw13, dw2, dgates = _experts_backward(dy, x, w13, w2, ids, gates, z, _trained(ctx))
     return dx, dw13, dw2, None, dgates, None
 
 
@@ -125,11 +137,11 @@ def _rows(
 
 @torch.library.custom_op("moe::grouped_swiglu_backward", mutates_args=())
 def _rows_backward(
-    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor
+    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not z.numel():
         z = eager.rows_forward(rows, w13, w2, ends, row_gates)[1]
-    return eager.rows_backward(dy, rows, w13, w2, ends, row_gates, z)
+    return eager.rows_backward(dy, rows, w13, w2, ends, row_gates, z, weights)
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
@@ -154,16 +166,25 @@ def _(x, w13, w2, experts, gates, recompute_z):
 
 @torch.library.custom_op("moe::experts_triton_backward", mutates_args=())
 def _triton_backward(
-    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, gates: Tensor, z: Tensor, order: Tensor, inv: Tensor, ends: Tensor
+    dy: Tensor,
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    gates: Tensor,
+    z: Tensor,
+    order: Tensor,
+    inv: Tensor,
+    ends: Tensor,
+    weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moe.kernels import chain
 
-    return chain.experts_backward(dy, x, w13, w2, gates, z, order, inv, ends)
+    return chain.experts_backward(dy, x, w13, w2, gates, z, order, inv, ends, weights)
 
 
 @_triton_backward.register_fake
-def _(dy, x, w13, w2, gates, z, order, inv, ends):
-    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, gates))
+def _(dy, x, w13, w2, gates, z, order, inv, ends, weights):
+    return _empty(x, w13, w2, gates, weights)
 
 
 def _triton_setup(ctx, inputs, output):
@@ -173,7 +194,7 @@ def _triton_setup(ctx, inputs, output):
 
 
 def _triton_grad(ctx, dy, *_):
-    dx, dw13, dw2, dgates = _triton_backward(dy, *ctx.saved_tensors)
+    dx, dw13, dw2, dgates = _triton_backward(dy, *ctx.saved_tensors, _trained(ctx))
     return dx, dw13, dw2, None, dgates, None
 
 
@@ -191,11 +212,11 @@ def _triton_rows(
 
 @torch.library.custom_op("moe::grouped_swiglu_triton_backward", mutates_args=())
 def _triton_rows_backward(
-    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor
+    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moe.kernels import chain
 
-    return chain.rows_backward(dy, rows, w13, w2, ends, row_gates, z)
+    return chain.rows_backward(dy, rows, w13, w2, ends, row_gates, z, weights)
 
 
 def _register_rows(forward, backward) -> None:
@@ -207,14 +228,14 @@ def _register_rows(forward, backward) -> None:
         return rows.new_empty(rows.shape), z
 
     @backward.register_fake
-    def _(dy, rows, w13, w2, ends, row_gates, z):
-        return tuple(t.new_empty(t.shape) for t in (rows, w13, w2, row_gates))
+    def _(dy, rows, w13, w2, ends, row_gates, z, weights):
+        return _empty(rows, w13, w2, row_gates, weights)
 
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], output[1])
 
     def grad(ctx, dy, dz):
-        drows, dw13, dw2, dgates = backward(dy, *ctx.saved_tensors)
+        drows, dw13, dw2, dgates = backward(dy, *ctx.saved_tensors, _trained(ctx))
         return drows, dw13, dw2, None, dgates, None
 
     forward.register_autograd(grad, setup_context=setup)

@@ -110,6 +110,8 @@ def environment() -> dict[str, Any]:
     """Everything besides config and code that can change a number or a speed, as plain values."""
     import torch
 
+    from moe.kernels.configs import table_hash
+
     versions = {}
     for name in PACKAGES:
         try:
@@ -132,6 +134,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "world_size": int(os.environ.get("WORLD_SIZE") or 1),
         "versions": versions,
+        "kernel_table": table_hash(),
     }
 
 
@@ -202,7 +205,10 @@ def finished(cfg: Any, dir: str | Path) -> dict[str, Any] | None:
     config, summary = path / "config.yaml", path / "summary.json"
     if not (config.exists() and summary.exists()) or _changed(config, to_dict(cfg)):
         return None  # `open_run` says what differs
-    return json.loads(summary.read_text(encoding="utf-8"))
+    try:
+        return json.loads(summary.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{summary} is damaged; delete it, and the same command makes it again") from None
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:

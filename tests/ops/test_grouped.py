@@ -232,3 +232,16 @@ def test_sorted_rows_pass_gradcheck():
     rows, w13, w2, ends, gates = row_inputs([2, 0, 3], 0, 3, 2, F64)
     inputs = [t.requires_grad_() for t in (rows, w13, w2, gates)]
     assert torch.autograd.gradcheck(lambda r, a, b, g: ops.grouped_swiglu(r, a, b, ends, g), inputs)
+
+
+@pytest.mark.parametrize("op", ["experts", "grouped_swiglu"])
+def test_frozen_weights_cost_no_product_and_change_no_other_gradient(monkeypatch, op):
+    if op == "experts":
+        inputs = expert_inputs(ids_of("spread", 13, 2, 4), 4, 16, 8, F64)
+    else:
+        inputs = row_inputs([3, 0, 5, 1], 0, 16, 8, F64)
+    run, upstream = getattr(ops, op), torch.randn(inputs[0].shape)
+    expected = with_gradients(run, inputs, upstream, (0, 1, 2, 4))[1]
+    monkeypatch.setattr(eager, "rows_by_rows", lambda *_: pytest.fail("a gradient that nobody wants"))
+    found = with_gradients(run, inputs, upstream, (0, 4))[1]
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[3])

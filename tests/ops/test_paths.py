@@ -20,7 +20,7 @@ def test_every_op_is_well_formed_for_autograd_and_compilers(dtype):
     plain = [t.detach() for t in expert]
     torch.library.opcheck(
         torch.ops.moe.experts_backward.default,
-        (torch.randn(6, 8, dtype=dtype), *plain, torch.ops.moe.experts.default(*plain, False)[1]),
+        (torch.randn(6, 8, dtype=dtype), *plain, torch.ops.moe.experts.default(*plain, False)[1], True),
     )
     rows = [torch.randn(7, 8, dtype=dtype), *plain[1:3], torch.tensor([2, 2, 5, 6], dtype=torch.int32)]
     rows = [*rows, torch.rand(7, dtype=dtype)]

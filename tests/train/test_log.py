@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from moe.config import LogConfig, PretrainConfig, RunConfig, TrainConfig, UserError, to_dict
+from moe.kernels.configs import table_hash
 from moe.train import log, run_folder
 from moe.train.log import Console, Metrics, RunFolder, Wandb, open_run, read_metrics
 
@@ -55,6 +56,7 @@ def test_a_new_folder_says_what_runs_where(tmp_path):
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == json.loads(json.dumps(to_dict(cfg)))
     env = json.loads((run.path / "env.json").read_text())
     assert env["torch"] == torch.__version__ and env["corpus"] == "abc123" and env["cpu_count"] >= 1
+    assert env["kernel_table"] == table_hash()
     assert env["versions"]["safetensors"] and env["started"] and env["command"] and env["platform"]
     assert (run.metrics, run.checkpoints) == (run.path / "metrics.jsonl", run.path / "checkpoints")
     assert not list(run.path.glob(".tmp-*"))
@@ -479,6 +481,8 @@ def main():
         raise UserError("train.steps=x must be\\nan integer")
     if kind == "bug":
         raise ValueError("a bug")
+    while kind == "flood":
+        print("on and on", flush=True)
 
 entry(main)
 """
@@ -492,6 +496,15 @@ def test_a_user_error_is_one_line_and_exit_code_2():
     done = recipe("user")
     assert (done.returncode, done.stdout) == (2, "working\n")
     assert done.stderr == "error: train.steps=x must be an integer\n"
+
+
+def test_a_reader_that_leaves_ends_a_recipe_in_one_line():
+    command = [sys.executable, "-c", RECIPE, "flood"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        told = run.stderr.read()
+    assert (run.returncode, told) == (1, "error: nobody reads the output any more; the same command resumes\n")
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,0 +1,158 @@
+"""Routing by the Triton path, in the interpreter: the op for autograd and compilers, and the router that uses it."""
+
+import pytest
+import torch
+
+from moe import ops
+from moe.layers.router import Router
+from moe.ops import paths
+from tests.kernels.test_route import clear_logits
+
+F32, BF16 = torch.float32, torch.bfloat16
+N, E, CHOICE = 22, 24, (4, 6, 3)  # tokens, experts; choices, groups, groups used
+
+
+@pytest.fixture
+def triton(ops_path, monkeypatch):
+    """Demanded for every op of the test, and trusted: the start-up check has tests of its own."""
+    monkeypatch.setattr(paths, "_verdicts", {("cpu", None, dtype): "" for dtype in paths.KERNEL_DTYPES})
+    ops_path("triton")
+
+
+def router_of(scoring="sigmoid", **options):
+    """A router that takes its input for logits, with a bias, and an input whose choice no rounding moves."""
+    router = Router(E, E, *CHOICE, scoring, routed_scaling_factor=2.5, **options)
+    router.weight.data.copy_(torch.eye(E))
+    router.bias.copy_(torch.randn(E) * 0.2)
+    return router, clear_logits(N, E, router.bias, *CHOICE, scoring)
+
+
+@pytest.mark.parametrize("scoring, norm", [("sigmoid", True), ("softmax", False)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_op_is_well_formed_for_autograd_and_compilers(scoring, norm, masked):
+    logits, bias = torch.randn(9, E, requires_grad=True), torch.randn(E)
+    mask = torch.rand(9) < 0.7 if masked else None
+    torch.library.opcheck(torch.ops.moe.route.default, (logits, bias, mask, *CHOICE, scoring, norm, 2.5))
+    ids = ops.route(logits.detach(), bias, *CHOICE, scoring, norm, 2.5, mask)[0]
+    torch.library.opcheck(
+        torch.ops.moe.route_backward.default, (torch.randn(9, 4), logits.detach(), ids, scoring, norm, 2.5)
+    )
+
+
+def test_only_gates_carry_a_gradient_and_only_logits_get_one():
+    logits, bias = torch.randn(9, E, requires_grad=True), torch.randn(E, requires_grad=True)
+    ids, gates, counts = ops.route(logits, bias, *CHOICE, "sigmoid", True, 1.0)
+    assert gates.requires_grad and not ids.requires_grad and not counts.requires_grad
+    assert ids.dtype == counts.dtype == torch.int64 and counts.sum() == 36
+    gates.square().sum().backward()
+    assert logits.grad.ne(0).sum() == 36 and bias.grad is None
+
+
+@pytest.mark.parametrize("shape", [(N,), (2, N // 2), (1, 2, N // 2)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "scoring, options",
+    [
+        ("sigmoid", {}), ("sigmoid", dict(seq_aux_alpha=0.2, batch_aux_alpha=0.3)),
+        ("softmax", dict(norm_topk_prob=False, seq_aux_alpha=0.2)),
+    ],
+)  # fmt: skip
+def test_the_router_decides_alike_on_both_paths(agree, triton, ops_path, scoring, options, training, shape):
+    router, x = router_of(scoring, **options)
+    router.train(training)
+    x, keep = x.view(*shape, E), bool(torch.rand(()) < 0.5)
+    mask = (torch.rand(shape) < 0.7) if torch.rand(()) < 0.7 else None
+    upstream, found = torch.randn(*shape, 4), []
+    for path in ("triton", "torch"):
+        ops_path(path)
+        leaf = x.clone().requires_grad_()
+        routing = router(leaf, mask=mask, keep_scores=keep)
+        total = (routing.gates * upstream).sum() + sum(routing.losses.values())
+        found.append((routing, torch.autograd.grad(total, (leaf, router.weight))))
+    (a, gradients), (e, right) = found
+    assert torch.equal(a.experts, e.experts) and torch.equal(a.counts, e.counts) and a.counts.dtype == e.counts.dtype
+    agree(a.gates, e.gates, 1e-6)
+    assert a.gates.dtype == e.gates.dtype and a.losses.keys() == e.losses.keys() and a.stats.keys() == e.stats.keys()
+    assert len(a.losses) == training * sum("aux" in name for name in options) and bool(a.stats) == training
+    for name, value in (*e.losses.items(), *e.stats.items()):
+        agree({**a.losses, **a.stats}[name].float(), value.float(), 1e-5, what=name)
+    assert (a.scores is None) == (not keep)
+    if keep:
+        assert torch.equal(a.scores, e.scores)
+    for actual, expected in zip(gradients, right):
+        agree(actual, expected, 5e-6)
+
+
+def test_half_precision_tokens_are_routed_in_fp32(agree, triton, ops_path):
+    router = Router(16, E, *CHOICE).to(BF16)
+    x = torch.randn(N, 16).to(BF16)
+    logits = x.double() @ router.weight.double().t()
+    routing = router(x)
+    s = torch.sigmoid(logits).gather(1, routing.experts)
+    assert routing.gates.dtype == F32
+    agree(routing.gates, s / s.sum(-1, keepdim=True), 1e-5)
+    routing.gates.square().sum().backward()
+    assert router.weight.grad.dtype == BF16 and router.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), ()])
+def test_leading_dimensions_are_kept(triton, shape):
+    routing = router_of()[0](torch.randn(*shape, E))
+    assert routing.experts.shape == routing.gates.shape == (*shape, 4)
+    assert torch.equal(routing.counts, torch.bincount(routing.experts.flatten(), minlength=E))
+
+
+@pytest.mark.parametrize("options", [{}, dict(seq_aux_alpha=0.2)])
+def test_whole_affinities_are_made_only_for_those_who_read_them(triton, monkeypatch, options):
+    router, x = router_of(**options)
+    rows = []
+    affinities = Router._affinities
+    monkeypatch.setattr(Router, "_affinities", lambda self, z: rows.append(len(z)) or affinities(self, z))
+    monkeypatch.setattr("moe.layers.router.SAMPLE", 2)  # every 11th token
+    router(x)
+    assert rows == ([N] if options else [2])
+    rows.clear()
+    router.eval()(x)
+    assert rows == []
+    router.eval()(x, keep_scores=True)
+    assert rows == [N]
+
+
+def test_recorded_choices_and_choices_of_ones_own_stay_with_pytorch(triton, monkeypatch):
+    router, x = router_of()
+    recorded = torch.rand(N, E).topk(4).indices
+    monkeypatch.setattr(ops, "route", None)
+    assert torch.equal(router(x, replay=recorded).experts, recorded)
+
+    class Last(Router):
+        def choose(self, s, bias):
+            return torch.arange(E - self.k, E).expand(s.shape[0], -1)
+
+    assert Last(E, E, 4)(x).experts.eq(torch.arange(E - 4, E)).all()
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_a_compiled_router_is_one_graph_with_the_same_gradients(triton, ops_path, agree, path):
+    ops_path(path)
+    router, x = router_of(seq_aux_alpha=0.1)
+    mask, upstream = torch.rand(2, N // 2) < 0.8, torch.randn(2, N // 2, 4)
+
+    def total(x, mask):
+        routing = router(x, mask=mask)
+        return (routing.gates * upstream).sum() + routing.losses["seq_aux"], routing.experts, routing.counts
+
+    found = []
+    for call in (total, torch.compile(total, fullgraph=True, backend="aot_eager")):
+        leaf = x.view(2, -1, E).clone().requires_grad_()
+        y, ids, counts = call(leaf, mask)
+        found.append((ids, counts, torch.autograd.grad(y, leaf)[0]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    agree(found[1][2], found[0][2])
+
+
+def test_a_token_is_routed_alike_whatever_stands_beside_it(triton):
+    router, x = router_of()
+    whole = router.eval()(x)
+    for n in (0, 7, 8, N - 1):
+        alone = router(x[n : n + 1])
+        assert torch.equal(alone.experts[0], whole.experts[n]) and torch.equal(alone.gates[0], whole.gates[n])
