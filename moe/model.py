@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe import ops
 from moe.config import ModelConfig
 from moe.layers.basics import RMSNorm, Rotary
 from moe.layers.block import Block
@@ -53,6 +54,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.rotary = Rotary(config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
         self.activation_checkpointing = False
+        self.head_widths = config.qk_head_dim, config.v_head_dim  # of keys and of values
         init_weights(self, config.init_std)
 
     def forward(
@@ -88,10 +90,11 @@ class Transformer(nn.Module):
         """Everything before the head: -> (states after the final norm [B, T, D], routings of the main layers)."""
         angles = self.rotary(self._positions(tokens, segment_ids, cache))
         x = self.embed(tokens)
+        segments = ops.documents(segment_ids, x, self.head_widths) if cache is None else segment_ids
         records: Routings = {}
         for i, block in enumerate(self.layers):
             replay = routings.get(f"layers.{i}") if routings else None
-            x, routing = self._run(block, x, angles, segment_ids, cache, mask, tokens, replay)
+            x, routing = self._run(block, x, angles, segments, cache, mask, tokens, replay)
             if routing is not None:
                 records[f"layers.{i}"] = routing
         return self.norm(x), records
@@ -114,12 +117,20 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp):
             k = depth + 1
             time = max(tokens.shape[1] - k, 0)
-            segments = None if segment_ids is None else segment_ids[:, :time]
+            ids = None if segment_ids is None else segment_ids[:, :time]
+            segments = ops.documents(ids, hidden[:, :time], self.head_widths)
             valid = None if mask is None else mask[:, :time] & mask[:, k:]  # the token looked at may be padding too
             cos, sin = (a[..., :time, :] for a in angles)
             replay = routings.get(f"mtp.{depth}") if routings else None
             hidden, routing = self._run(
-                module, hidden[:, :time], self.embed(tokens[:, k:]), (cos, sin), segments, valid, tokens[:, :time], replay
+                module,
+                hidden[:, :time],
+                self.embed(tokens[:, k:]),
+                (cos, sin),
+                segments,
+                valid,
+                tokens[:, :time],
+                replay,
             )
             states.append(module.norm(hidden))
             if routing is not None:

@@ -88,16 +88,17 @@ class MLA(nn.Module):
         self,
         x: Tensor,
         positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        segment_ids: Tensor | ops.Documents | None = None,
         cache: LatentCache | None = None,
         layer: int = 0,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D].
 
-        positions [B, T] or [T] (default: 0, 1, ...; after what the cache holds). segment_ids [B, T]: documents packed
-        in a row do not see each other. cache: earlier tokens are read from, and these written to, its `layer`; the
-        caller advances it. angles: `self.rotary(positions)` made once for all layers.
+        positions [B, T] or [T] (default: 0, 1, ...; after what the cache holds). segment_ids [B, T], or
+        ops.documents of them, made once for all layers: documents packed in a row do not see each other. cache: earlier
+        tokens are read from, and these written to, its `layer`; the caller advances it. angles:
+        `self.rotary(positions)`, made once too.
         """
         if angles is None:
             if positions is None:
@@ -120,7 +121,13 @@ class MLA(nn.Module):
         return self.kv_a_norm(c_kv), k_rope.unsqueeze(-2)
 
     def _expanded(
-        self, x: Tensor, cos: Tensor, sin: Tensor, segment_ids: Tensor | None, cache: LatentCache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segment_ids: Tensor | ops.Documents | None,
+        cache: LatentCache | None,
+        layer: int,
     ) -> Tensor:
         """Tokens attend to themselves alone; an empty cache keeps their latents."""
         batch, time, _ = x.shape

@@ -3,11 +3,15 @@
     experts(x, w13, w2, experts, gates)            [N, D] -> [N, D]   routed experts
     grouped_swiglu(rows, w13, w2, ends, gates)     [M, D] -> [M, D]   the same for rows that are sorted already
     attention(q, k, v, scale, segment_ids)         [B, T, H, .]       causal attention, unequal key and value widths
+    documents(segment_ids, x, widths)              [B, T]             the same ids, prepared once for all layers
+    route(logits, bias, k, ...)                    [N, E]             choice of experts by Triton: ids, gates, counts
     rms_norm(x, weight, eps)                       [..., D]           without normalised copies
     linear_cross_entropy(hidden, weight, targets)  -> scalar sum      output head and loss, [N, V] never whole
+    fp8_linear(x, weight), fp8_experts(...)        products over E4M3 operands, for train.precision=fp8
     for_few_rows(weight)                           [out, in]          a weight as decoding reads it fastest
 
-Each but the last is a custom op with a written-out backward, so torch.compile and engines see a single node.
+Each but `documents` and the last is a custom op with a written-out backward, so torch.compile and engines see a single
+node; attention is one on CPUs (docs/attention.md).
 """
 
 try:
@@ -17,13 +21,16 @@ except ImportError as error:  # a checkout without symbolic links holds a text f
         "moe/kernels is not a link to ../kernels; run `git config core.symlinks true` and check it out again"
     ) from error
 
-from moe.ops.attend import attention
+from moe.ops.attend import Documents, attention, documents
+from moe.ops.backends import select_attention
+from moe.ops.fp8 import fp8_experts, fp8_linear
 from moe.ops.grouped import experts, grouped_swiglu
 from moe.ops.head import linear_cross_entropy
 from moe.ops.norm import for_few_rows, rms_norm
 from moe.ops.paths import PATHS, path_for, select, selected
+from moe.ops.routing import route
 
 __all__ = [
-    "PATHS", "attention", "experts", "for_few_rows", "grouped_swiglu", "linear_cross_entropy", "path_for", "rms_norm",
-    "select", "selected",
+    "PATHS", "Documents", "attention", "documents", "experts", "for_few_rows", "fp8_experts", "fp8_linear", "grouped_swiglu",
+    "linear_cross_entropy", "path_for", "rms_norm", "route", "select", "select_attention", "selected",
 ]  # fmt: skip

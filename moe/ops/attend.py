@@ -1,63 +1,72 @@
-"""Causal attention as one op: [B, T, H, .] queries, keys and values of unequal widths."""
+"""Causal attention as one op: [B, T, H, .] queries, keys and values of unequal widths.
+
+CPUs have a kernel of blocks with a written-out backward pass; on GPUs backends.py chooses, and `documents` makes once
+a batch what all layers need to keep packed documents apart.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels import attention as cpu
+from moe.kernels import attention as blocks
 from moe.kernels import reference
-from moe.ops.paths import path_for, wants_grad
+from moe.ops import fused
+from moe.ops.backends import backend_for
+from moe.ops.fused import Documents
+from moe.ops.paths import selected, wants_grad
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | Documents | None = None) -> Tensor:
     """Causal attention. q, k [B, T, H, dqk], v [B, T, H, dv] -> [B, T, H, dv]; softmax(q k^T * scale) v.
 
-    segment_ids [B, T] (documents packed in a row): a position sees its own segment only. Key and value widths may
-    differ, as in MLA.
+    segment_ids [B, T] (documents packed in a row), or what `documents` made of them: a position sees its own segment
+    only, a run of equal ids. Key and value widths may differ, as in MLA.
     """
     if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must share [B, T, H], q and k dqk too"
         )
-    if path_for(q) == "reference":
-        return reference.attention(q, k, v, scale, segment_ids)
-    if q.device.type == "cpu":
+    ids = segment_ids.ids if isinstance(segment_ids, Documents) else segment_ids
+    if selected() == "reference":
+        return reference.attention(q, k, v, scale, ids)
+    backend = backend_for(q.device, q.dtype, q.shape[3], v.shape[3], ids is not None) if v.numel() else "blocks"
+    if backend == "blocks":
         if wants_grad(q, k, v):
-            return _attention(q, k, v, scale, segment_ids)[0]
-        return cpu.attention_forward(q, k, v, scale, segment_ids, with_grad=False)[0]
-    return _fused_attention(q, k, v, scale, segment_ids)
+            return _attention(q, k, v, scale, ids)[0]
+        return blocks.attention_forward(q, k, v, scale, ids, with_grad=False)[0]
+    if not isinstance(segment_ids, Documents) or segment_ids.backend != backend:
+        segment_ids = fused.prepare(backend, ids, q)
+    return fused.attention(q, k, v, scale, segment_ids)
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if segment_ids is not None:
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]).tril().unsqueeze(1)
-    pad = q.shape[-1] - v.shape[-1]  # the fused kernels want one width
-    o = F.scaled_dot_product_attention(
-        q, k, F.pad(v, (0, pad)) if pad > 0 else v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return o[..., : v.shape[-1]].transpose(1, 2)
+def documents(segment_ids: Tensor | None, x: Tensor, widths: tuple[int, int]) -> Tensor | Documents | None:
+    """[B, T] ids, and the model's state x [B, T, D] -> what every layer may hand to `attention` in their place.
+
+    widths: of keys and of values. Where nothing can be prepared these are the ids themselves.
+    """
+    if selected() == "reference" or not x.numel():
+        return segment_ids
+    backend = backend_for(x.device, x.dtype, *widths, segment_ids is not None)
+    return segment_ids if backend == "blocks" else fused.prepare(backend, segment_ids, x)
 
 
 @torch.library.custom_op("moe::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    return cpu.attention_forward(q, k, v, scale, segment_ids)
+    return blocks.attention_forward(q, k, v, scale, segment_ids)
 
 
 @_attention.register_fake
 def _(q, k, v, scale, segment_ids):
     b, t, h, _ = q.shape
-    return v.new_empty(v.shape), q.new_empty(b * h * sum(cpu.attention_pairs(t)))
+    return v.new_empty(v.shape), q.new_empty(b * h * sum(blocks.attention_pairs(t)))
 
 
 @torch.library.custom_op("moe::attention_backward", mutates_args=())
 def _attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, p: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.attention_backward(do, q, k, v, o, p, scale)
+    return blocks.attention_backward(do, q, k, v, o, p, scale)
 
 
 @_attention_backward.register_fake

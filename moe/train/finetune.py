@@ -117,6 +117,7 @@ def header(trainer: Finetuner, peak: Peak) -> None:
     trainer.console.header({
         "model": f"{summary.described(trainer.model)}, {start}",
         "samples": f"{card['name']}: {card['docs']['train']:,} for training, {card['docs']['val']:,} held out",
+        **summary.kernels(trainer.engine),
         "work": f"at most {cfg.train.steps} steps of {cfg.train.batch_tokens:,} tokens{gate}",
         "folder": str(trainer.folder.path),
     })  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moe import ops
 from moe.analysis import ceiling, chart, planner
 from moe.data import Corpus, sources
 from moe.files import replace
@@ -20,6 +21,7 @@ from moe.inference.decoding import generate
 from moe.interop.hf import to_hf
 from moe.model import Transformer
 from moe.parallel import Ranks, cores
+from moe.train.engine import Engine
 from moe.train.evaluate import evaluate
 from moe.train.log import accuracies, is_leader, read_metrics
 from moe.train.trainer import Trainer
@@ -51,7 +53,7 @@ def dry_run(cfg: Any, run_dir: str | Path) -> None:
         Transformer(c.model)  # unknown attentions and routers are told here too; no memory is taken
     print(planner.table(plan))
     print("memory counts tensors; Python, torch and what the allocator keeps come on top (`tiny`: 0.3 becomes 1.1 GB)")
-    dtype = torch.bfloat16 if c.train.precision == "bf16" else torch.float32
+    dtype = torch.float32 if c.train.precision == "fp32" else torch.bfloat16
     peak = ceiling.peak_flops("cuda" if cuda else "cpu", dtype, c.train.threads or cores())
     seconds = plan.flops.training * c.train.batch_tokens * c.train.steps / (peak.flops * world * USUAL_MFU)
     print(
@@ -79,6 +81,14 @@ def described(model: Transformer) -> str:
     return f"{c.name}: {experts}; {planner.si(total)} parameters, {planner.si(active)} active"
 
 
+def kernels(engine: Engine) -> dict[str, str]:
+    """A row of the header: which kernels answer. On CPUs there is one answer, and no row."""
+    if engine.ranks.device.type == "cpu":
+        return {}
+    experts = ops.path_for(torch.empty(0, device=engine.ranks.device, dtype=engine.dtype))
+    return {"kernels": f"experts by {experts}; attention: {engine.attention}"}
+
+
 def header(trainer: Trainer, peak: ceiling.Peak) -> None:
     """One block: what trains on what, where, and for how long."""
     cfg, model, card = trainer.cfg, trainer.model, trainer.corpus.card
@@ -86,13 +96,17 @@ def header(trainer: Trainer, peak: ceiling.Peak) -> None:
     mtp = model.num_parameters(mtp=True) - model.num_parameters()
     flops = planner.mfu_flops(c, cfg.data.seq_len)
     seconds = flops * cfg.train.batch_tokens * cfg.train.steps / (peak.flops * ranks.world * USUAL_MFU)
+    precision = cfg.train.precision
+    if precision == "fp8":
+        precision = f"fp8 simulated over bf16 with {cfg.train.fp8_scales} scales"
     device = f"{torch.get_num_threads()} CPU threads" if ranks.device.type == "cpu" else torch.cuda.get_device_name()
     trainer.console.header({
         "model": f"{described(model)}, MTP {planner.si(mtp)} apart",
         "corpus": f"{card['name']} ({card['fingerprint']}), {planner.si(card['tokens']['train'])} training tokens",
         "tokenizer": f"{cfg.data.tokenizer} ({card['tokenizer']}), vocabulary {card['vocab_size']}",
-        "device": f"{device}, {cfg.train.precision}, {ranks.world} rank(s); ceiling {peak.flops / 1e9:,.0f} GFLOP/s "
+        "device": f"{device}, {precision}, {ranks.world} rank(s); ceiling {peak.flops / 1e9:,.0f} GFLOP/s "
         f"({peak.source})",
+        **kernels(trainer.engine),
         "work": f"{cfg.train.steps} steps of {cfg.train.batch_tokens:,} tokens, {planner.si(flops, 'FLOP')} a token; "
         f"about {_duration(seconds)} of training, validation apart",
         "folder": str(trainer.folder.path),
