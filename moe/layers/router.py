@@ -10,7 +10,7 @@ groups score -inf, not 0, or a negative bias would let them in.
 
 Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2, equations 12-16; sequence-wise loss: equations 17-20; batch-wise
 loss: section 4.5.3. The latter knows one forward pass: with micro-batches or ranks it balances each, and averages.
-Not here: how the bias moves (balance.py), where tokens travel (ops.experts).
+Not here: how the bias moves (balance.py), where tokens travel (ops.experts), the same on a GPU in one pass (ops.route).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe import ops
 from moe.config import ModelConfig, UserError, check_routing
 from moe.layers.routing import Routing
 
@@ -85,7 +86,37 @@ class Router(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(tokens.to(wide), self.weight.to(wide))
-        s = torch.sigmoid(logits) if self.scoring_func == "sigmoid" else torch.softmax(logits, -1)
+        aux = self.training and (self.seq_aux_alpha > 0 or self.batch_aux_alpha > 0)
+        by_kernel = replay is None and type(self).choose is Router.choose and ops.path_for(x) == "triton"
+        s = self._affinities(logits) if keep_scores or aux or not by_kernel else None
+        if by_kernel:  # affinities exist in registers only
+            chosen, gates, counts = ops.route(
+                logits, self.bias, self.k, self.n_group, self.topk_group, self.scoring_func, self.norm, self.scaling,
+                None if mask is None else mask.reshape(-1),
+            )  # fmt: skip
+        else:
+            chosen, gates, counts = self._route(s, mask, replay)
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        if self.training:
+            if self.seq_aux_alpha > 0:
+                losses["seq_aux"] = self.seq_aux_alpha * self._sequence_loss(s, x.shape, mask)
+            if self.batch_aux_alpha > 0:  # section 4.5.3: all tokens of the pass as one sequence
+                losses["batch_aux"] = self.batch_aux_alpha * self._sequence_loss(s, s.shape, mask)
+            every = max(1, tokens.shape[0] // SAMPLE)
+            seen = self._affinities(logits.detach()[::every]) if s is None else s.detach()[::every]
+            stats = self._health(seen, chosen[::every])
+        shape = x.shape[:-1]
+        return Routing(
+            chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,
+            s.view(*shape, self.n_experts) if keep_scores else None,
+        )  # fmt: skip
+
+    def _affinities(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits) if self.scoring_func == "sigmoid" else torch.softmax(logits, -1)
+
+    def _route(self, s: Tensor, mask: Tensor | None, replay: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, E] affinities -> [N, K] ids, [N, K] gates, [E] counts: what `ops.route` does in one pass."""
         valid = None if mask is None else mask.reshape(-1, 1)
         if replay is None:
             chosen = self.choose(s.detach(), self.bias)
@@ -99,14 +130,6 @@ class Router(nn.Module):
         if valid is not None:
             chosen = torch.where(valid, chosen, self.n_experts)
             gates = gates * valid
-        losses: dict[str, Tensor] = {}
-        stats: dict[str, Tensor] = {}
-        if self.training:
-            if self.seq_aux_alpha > 0:
-                losses["seq_aux"] = self.seq_aux_alpha * self._sequence_loss(s, x.shape, mask)
-            if self.batch_aux_alpha > 0:  # section 4.5.3: all tokens of the pass as one sequence
-                losses["batch_aux"] = self.batch_aux_alpha * self._sequence_loss(s, s.shape, mask)
-            stats = self._health(s.detach(), chosen)
         inside = chosen
         if valid is not None or replay is not None:
             inside = torch.where((chosen >= 0) & (chosen < self.n_experts), chosen, self.n_experts)
@@ -116,12 +139,7 @@ class Router(nn.Module):
             counts = ones.new_zeros(self.n_experts + 1).scatter_add_(0, inside, ones)
         else:  # one call; elsewhere it would wait for the device
             counts = torch.bincount(inside, minlength=self.n_experts + 1)
-        counts = counts[: self.n_experts]
-        shape = x.shape[:-1]
-        return Routing(
-            chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,
-            s.view(*shape, self.n_experts) if keep_scores else None,
-        )  # fmt: skip
+        return chosen, gates, counts[: self.n_experts]
 
     def choose(self, s: Tensor, bias: Tensor) -> Tensor:
         """[N, E] affinities, [E] bias -> [N, K] ids of the best biased scores inside the best groups."""
@@ -159,9 +177,7 @@ class Router(nn.Module):
         return ((share * valid).sum(1) / length).mean()
 
     def _health(self, s: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Sums over a sample of routed tokens: see Routing.stats."""
-        stride = max(1, s.shape[0] // SAMPLE)
-        s, chosen = s[::stride], chosen[::stride]
+        """Sums over a sample of routed tokens, [n, E] affinities and [n, K] ids: see Routing.stats."""
         live = (chosen[:, 0] >= 0) & (chosen[:, 0] < self.n_experts)
         top = s.topk(min(2, self.n_experts), -1).values
         free = self.choose(s, torch.zeros_like(self.bias))  # what the affinities alone would choose

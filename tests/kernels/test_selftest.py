@@ -38,6 +38,23 @@ def test_a_wrong_gradient_is_named_with_its_size(monkeypatch, wrong, word):
     assert word in selftest.disagreement(CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "part, wrong, word",
+    [(0, lambda ids: ids.flip(1), "chose other experts"), (1, lambda g: g * 1.001, "gates off by 0.001"), (2, lambda h: h + 1, "counted wrong")],
+    ids=["ids", "gates", "counts"],
+)  # fmt: skip
+def test_a_wrong_router_is_named(monkeypatch, part, wrong, word):
+    route = selftest.router.route
+
+    def faulty(*args):
+        found = list(route(*args))
+        found[part] = wrong(found[part])
+        return found
+
+    monkeypatch.setattr(selftest.router, "route", faulty)
+    assert word in selftest.disagreement(CPU, torch.float32)
+
+
 def test_a_failing_compiler_is_a_disagreement_in_one_line(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("ptxas says no\nand much more")

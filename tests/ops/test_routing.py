@@ -80,7 +80,7 @@ def test_the_router_decides_alike_on_both_paths(agree, triton, ops_path, scoring
     if keep:
         assert torch.equal(a.scores, e.scores)
     for actual, expected in zip(gradients, right):
-        agree(actual, expected, 5e-6)
+        agree(actual, expected, 5e-6, scale=2.5)
 
 
 def test_half_precision_tokens_are_routed_in_fp32(agree, triton, ops_path):
