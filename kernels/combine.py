@@ -46,16 +46,11 @@ def _combine(
 
 def combine(rows: Tensor, inv: Tensor, base: Tensor | None = None) -> Tensor:
     """[M, D], [N, K] -> [N, D]: sum over k of rows[inv[n, k]], plus base [N, D]."""
-    same = {} if base is None else {"base": base}
-    tiles.check("combine", rows, inv, **same)
+    tiles.check("combine", rows, {} if base is None else {"base": base}, {"inv": inv})
     n, k = inv.shape
     d = rows.shape[1]
-    tiles.fit(
-        "combine",
-        f"rows {tuple(rows.shape)}, inv {tuple(inv.shape)}, base {None if base is None else tuple(base.shape)}",
-        base is None or base.shape == (n, d),
-    )
-    out = rows.new_empty(n, d)
+    tiles.fit("combine", base is None or base.shape == (n, d), rows=rows, inv=inv, base=base)
+    out = tiles.empty(rows, n, d)
     if out.numel() == 0:
         return out
     rows, base = tiles.packed(rows), None if base is None else tiles.packed(base)

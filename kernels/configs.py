@@ -4,8 +4,9 @@ No tuning at run time: its winner is timing noise that differs between ranks and
 A row holds up to `rows` rows per expert (M / E, which the host knows without asking the GPU) and, where a kernel needs
 it, up to `width` output columns; the last row of each list has no bound. `bf16` and `fp16` share the rows of "half".
 
-Architectures are families: 86, 89, 120 and 121 have 99 KB of shared memory a block, 48 warps a multiprocessor and the
-tensor-core instructions of 80; one that is not listed takes the next lower family, whose tiles fit it.
+Architectures are families: 80; 86 and 89, with 99 KB of shared memory a block and 48 warps a multiprocessor; 90 (wgmma);
+100 and 103 (tcgen05); 120 and 121, small again and with the tensor-core instructions of 80, but another assembler. One
+that is not listed takes the next lower family.
 
 The rows are chosen by static evidence, not by time, as long as no GPU has tuned them: what tools/compile_kernels.py
 finds clean (no spills, the architecture's own tensor-core instruction, the occupancy `ctas` says), and among that the

@@ -70,21 +70,26 @@ def _dw(
         store(acc, at, n_b, n_a - a0, n_b - b0, BLOCK_N)
 
 
+def by_falling_count(ends: Tensor) -> Tensor:
+    """[E] -> [E] int32: the experts, those with most rows first."""
+    (experts,), visit = ends.shape, tiles.empty(ends, *ends.shape)
+    padded = max(16, triton.next_power_of_2(experts))
+    launch(_by_count, (triton.cdiv(experts, 16),), ends, visit, experts, EXPERTS=padded, BLOCK=16, num_warps=4)
+    return visit
+
+
 def dw(
     a: Tensor, b: Tensor, ends: Tensor, order: Tensor | None = None, gather: str | None = None, top_k: int = 1,
     out_dtype: torch.dtype | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """[M, A], [M, B] -> [E, A, B] in `out_dtype`, the inputs' by default; gather "a" or "b" is [N, .], read at order // top_k."""
-    tiles.check("dw", a, ends, order, b=b)
+    tiles.check("dw", a, {"b": b}, {"ends": ends, "order": order})
     (rows_a, n_a), (rows_b, n_b), experts = a.shape, b.shape, ends.shape[0]
-    m = rows_a if gather != "a" else rows_b
-    tiles.fit(
-        "dw",
-        f"a {tuple(a.shape)}, b {tuple(b.shape)}, gather={gather!r}, top_k={top_k}",
-        gather in (None, "a", "b") and (gather is None) == (order is None) and (rows_a == rows_b or gather is not None)
-        and (order is None or (order.shape == (m,) and m == top_k * (rows_a if gather == "a" else rows_b))),
-    )  # fmt: skip
-    out = a.new_empty(experts, n_a, n_b, dtype=out_dtype or a.dtype)
+    m, tokens = (rows_b, rows_a) if gather == "a" else (rows_a, rows_b)
+    fits = gather in (None, "a", "b") and (gather is None) == (order is None)
+    fits = fits and (m == tokens if order is None else order.shape == (m,) and m == top_k * tokens)
+    tiles.fit(f"dw(gather={gather!r}, top_k={top_k})", fits, a=a, b=b, order=order)
+    out = tiles.empty(a, experts, n_a, n_b, dtype=out_dtype)
     if m == 0 or out.numel() == 0:
         return out.zero_()
     a, b = tiles.packed(a), tiles.packed(b)
@@ -92,9 +97,7 @@ def dw(
     block_m, block_n = tiles.clip(c.block_m, n_a), tiles.clip(c.block_n, n_b)
     if gather:  # Triton counts a stage for the index as well, for each buffer but the first
         c = c._replace(num_stages=2 * c.num_stages - 1)
-    visit = ends.new_empty(experts)
-    padded = max(16, triton.next_power_of_2(experts))
-    launch(_by_count, (triton.cdiv(experts, 16),), ends, visit, experts, EXPERTS=padded, BLOCK=16, num_warps=4)
+    visit = by_falling_count(ends)
     launch(
         _dw, (experts * triton.cdiv(n_a, block_m) * triton.cdiv(n_b, block_n),),
         a, b, ends, ends if order is None else order, visit, out, n_a, n_b, experts, a.stride(0), b.stride(0),

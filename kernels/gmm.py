@@ -44,15 +44,12 @@ def _gmm(
 
 def gmm(rows: Tensor, w: Tensor, ends: Tensor, transpose: bool, config: Config | None = None) -> Tensor:
     """[M, A] x [E, B, A] (transpose) or [E, A, B] -> [M, B]: rows @ w[e].T or rows @ w[e], in the rows' dtype."""
-    tiles.check("gmm", rows, ends, w=w)
+    tiles.check("gmm", rows, {"w": w}, {"ends": ends})
     m, k = rows.shape
     experts, n = w.shape[0], w.shape[1 if transpose else 2]
-    tiles.fit(
-        "gmm",
-        f"rows {tuple(rows.shape)}, w {tuple(w.shape)}, transpose={transpose}, ends {tuple(ends.shape)}",
-        w.shape[2 if transpose else 1] == k and ends.shape == (experts,),
-    )
-    out = rows.new_empty(m, n)
+    fits = w.shape[2 if transpose else 1] == k and ends.shape == (experts,)
+    tiles.fit(f"gmm(transpose={transpose})", fits, rows=rows, w=w, ends=ends)
+    out = tiles.empty(rows, m, n)
     if out.numel() == 0:
         return out
     rows, w = tiles.packed(rows), tiles.packed(w)
@@ -79,8 +76,8 @@ def _zero_tail(rows, ends, m, n, n_experts, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 
 def zero_tail(rows: Tensor, ends: Tensor) -> Tensor:
     """Zeros into the rows [M, B] past ends[-1], in place; for those who hand rows out."""
-    tiles.check("zero_tail", rows, ends)
-    tiles.fit("zero_tail", "rows must be [M, B], contiguous", rows.dim() == 2 and rows.is_contiguous())
+    tiles.check("zero_tail", rows, {}, {"ends": ends})
+    tiles.fit("zero_tail of contiguous rows", rows.dim() == 2 and rows.is_contiguous(), rows=rows)
     if rows.numel():
         m, n = rows.shape
         grid = (min(triton.cdiv(m, 16), 2 * device_of(rows).sms),)

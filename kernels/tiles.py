@@ -26,8 +26,6 @@ from moe.kernels.configs import Config, lookup
 from moe.kernels.launch import INTERPRET, device_of
 
 INTERPRETED = tl.constexpr(INTERPRET)
-PIECE = tl.constexpr(32)
-"""Columns of a tile that are finished at a time, so that not all of them wait in registers for the tensors they meet."""
 
 # ------------------------------------------------------------------------------------------------------ inside kernels
 
@@ -55,7 +53,7 @@ def tile_rows(scan, ends, tile, BLOCK_M: tl.constexpr):
 def accumulate(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, in fp32."""
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a, b = wide(a), wide(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -107,6 +105,8 @@ def halves(x):
 @triton.jit
 def wide(x):
     """To fp32, first thing after a load."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
@@ -115,7 +115,8 @@ def rounded(x, dtype: tl.constexpr):
     """fp32 to `dtype`, to the nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off
         bits = x.to(tl.uint32, bitcast=True)
-        x = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000).to(tl.float32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 
@@ -152,6 +153,10 @@ def packed(t: Tensor) -> Tensor:
     if t.shape[-1] * size % 16 == 0 and not t.is_meta and t.data_ptr() % 16:
         return t.clone(memory_format=torch.contiguous_format)
     return t
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def tf32(dtype: torch.dtype) -> str:
@@ -204,18 +209,26 @@ def resources(config: Config) -> dict[str, int | None]:
     }
 
 
-def check(kernel: str, like: Tensor, ends: Tensor, order: Tensor | None = None, **same: Tensor) -> None:
-    """Dtypes and devices: tensors in `same` have those of `like`, ends and order are int32 there too."""
+def check(kernel: str, like: Tensor, same: dict[str, Tensor], indices: dict[str, Tensor | None]) -> None:
+    """Dtypes and devices: `same` have those of `like`, indices are int32 there too."""
     if like.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"{kernel}: {like.dtype} is not bfloat16, float16 or float32; moe.ops has a path for it")
     for name, t in same.items():
         if t.dtype != like.dtype or t.device != like.device:
             raise ValueError(f"{kernel}: {name} is {t.dtype} on {t.device}, the rows are {like.dtype} on {like.device}")
-    for name, t in {"ends": ends, "order": order}.items():
+    for name, t in indices.items():
         if t is not None and (t.dtype != torch.int32 or t.device != like.device or not t.is_contiguous()):
             raise ValueError(f"{kernel}: {name} must be contiguous int32 on {like.device}, not {t.dtype} on {t.device}")
 
 
-def fit(kernel: str, what: str, fits: bool) -> None:
+def check_gates(kernel: str, like: Tensor, gates: Tensor) -> None:
+    if not gates.is_floating_point() or gates.device != like.device:
+        raise ValueError(
+            f"{kernel}: gates are {gates.dtype} on {gates.device}; they must be floating, on {like.device}"
+        )
+
+
+def fit(kernel: str, fits: bool, **tensors: Tensor | None) -> None:
     if not fits:
-        raise ValueError(f"{kernel}: shapes do not fit: {what}")
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"{kernel}: shapes do not fit: {shapes}")

@@ -21,7 +21,10 @@ from torch import Tensor
 from moe.kernels import tiles
 from moe.kernels.configs import Config
 from moe.kernels.launch import launch
-from moe.kernels.tiles import PIECE, halves, product, rounded, tile_rows, tile_scan, wide
+from moe.kernels.tiles import halves, product, rounded, tile_rows, tile_scan, wide
+
+COLUMNS = tl.constexpr(16)
+"""Of a tile finished at a time: all at once spill on sm_100, and on sm_90 at three programs a multiprocessor."""
 
 
 @triton.jit
@@ -56,7 +59,7 @@ def _up_swiglu(
 @triton.jit
 def _finish(zs, gate, z, h, m, count, left, f, SAVE_Z: tl.constexpr, WIDTH: tl.constexpr):
     """Columns of a tile to z and h, a piece at a time. left: columns from here to the last."""
-    if WIDTH > PIECE:
+    if WIDTH > COLUMNS:
         HALF: tl.constexpr = WIDTH // 2
         zs_a, zs_b = halves(zs)
         _finish(zs_a, gate, z, h, m, count, left, f, SAVE_Z, HALF)
@@ -78,15 +81,13 @@ def up_swiglu(
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """-> z [M, 2F] or None, h [M, F]. With order [M]: x [N, D], gates [N, K]; without: x [M, D], gates [M] in that order."""
-    tiles.check("up_swiglu", x, ends, order, w13=w13)
+    tiles.check("up_swiglu", x, {"w13": w13}, {"ends": ends, "order": order})
+    tiles.check_gates("up_swiglu", x, gates)
     (experts, f2, k), m, f = w13.shape, gates.numel(), w13.shape[1] // 2
-    tiles.fit(
-        "up_swiglu",
-        f"x {tuple(x.shape)}, w13 {tuple(w13.shape)}, gates {tuple(gates.shape)}, ends {tuple(ends.shape)}",
-        x.shape == (gates.shape[0], k) and gates.dim() == (1 if order is None else 2) and f2 == 2 * f
-        and ends.shape == (experts,) and (order is None or order.shape == (m,)),
-    )  # fmt: skip
-    z, h = x.new_empty(m, 2 * f) if save_z else None, x.new_empty(m, f)
+    fits = x.shape == (gates.shape[0], k) and gates.dim() == (1 if order is None else 2) and f2 == 2 * f
+    fits = fits and ends.shape == (experts,) and (order is None or order.shape == (m,))
+    tiles.fit("up_swiglu", fits, x=x, w13=w13, gates=gates, ends=ends, order=order)
+    z, h = tiles.empty(x, m, 2 * f) if save_z else None, tiles.empty(x, m, f)
     if h.numel() == 0:
         return z, h
     x, w13, gates = tiles.packed(x), tiles.packed(w13), gates.contiguous()

@@ -241,7 +241,7 @@ def memory(
     c = config
     count = parameters(c)
     n = count.total + count.mtp
-    b = 2 if precision == "bf16" else 4
+    b = 4 if precision == "fp32" else 2
     tokens, d = rows * seq_len, c.hidden_size
     depths = c.num_nextn_predict_layers if mtp else 0
     blocks: list[float] = [_saved(c, i, seq_len, b, fused, recompute_z) for i in range(c.num_hidden_layers)]
@@ -270,7 +270,7 @@ def memory(
         moments=8 * n,
         activations=round(tokens * (outside + inside)),
         head=round(head),
-        workspace=tokens * b * k * (2 * d + 6 * f),
+        workspace=tokens * b * k * (8 * d + 12 * f if precision == "fp8" else 2 * d + 6 * f),  # fp8: and fp32 copies
     )
     return Memory(**rest, total=sum(rest.values()))
 
@@ -298,6 +298,8 @@ def plan(
     full = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * c.num_hidden_layers
     balance = twin = None
     notes = [] if c.attention == "mla" else [f"model.attention={c.attention} is counted as mla"]
+    if precision == "fp8":
+        notes.append("fp8 is simulated over bf16: it saves neither memory nor time (docs/precision.md)")
     if c.n_routed_experts:
         share = c.num_experts_per_tok / c.n_routed_experts
         mean, in_pass = batch_tokens * share, per_pass * seq_len * share

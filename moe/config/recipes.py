@@ -48,8 +48,13 @@ class TrainConfig(Section):
     seed: int = knob(0, "seed of initialisation and data order", ge=0)
     batch_tokens: int = knob(4096, "tokens of one optimizer step, over all ranks and micro-steps", ge=1)
     micro_batch_size: int = knob(16, "rows of one pass on one rank", ge=1)
-    precision: str = knob("fp32", "fp32, or bf16: working copy in bf16, fp32 masters", choices=["fp32", "bf16"])
+    precision: str = knob("fp32", "bf16: working copy in bf16, fp32 masters; fp8: and E4M3 operands, simulated",
+                          choices=["fp32", "bf16", "fp8"])  # fmt: skip
+    fp8_scales: str = knob("v3", "scales of fp8 that are powers of two: DeepSeek-V3's choice, none or all",
+                           choices=["v3", "float", "power_of_two"])  # fmt: skip
     ops: str = knob("auto", "path of moe.ops; auto: triton on a GPU", choices=["auto", "reference", "torch", "triton"])
+    attention: str = knob("auto", "kernels of attention on GPUs, whatever model.attention computes; auto: docs/attention.md",
+                          choices=["auto", "sdpa", "flex", "flash"])  # fmt: skip
     zero_stage: int = knob(0, "DeepSpeed ZeRO stage; 0: plain all-reduce", choices=[0, 1, 2, 3])
     activation_checkpointing: bool = knob(False, "recompute each block in the backward pass instead of storing it")
     recompute_z: bool = knob(False, "routed experts repeat their first product in the backward pass, not store it")
@@ -64,6 +69,18 @@ class TrainConfig(Section):
     max_bad_steps: int = knob(10, "steps in a row with a non-finite loss or gradient before the run stops", ge=1)
     health_check: bool = knob(True, "check gradients of every expert and router at steps 1 and 100")
     export: bool = knob(True, "write a Hugging Face folder at the end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision == "fp8" and self.ops == "triton":
+            raise UserError(
+                "train.ops=triton has no kernels for train.precision=fp8, which is simulated in PyTorch; set train.ops=auto"
+            )
+        if self.precision != "fp8" and self.fp8_scales != "v3":
+            raise UserError(
+                f"train.fp8_scales={self.fp8_scales} means nothing with train.precision={self.precision}; set "
+                "train.precision=fp8, or leave it out"
+            )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     fp32   the parameters are the masters
     bf16   a bf16 working copy computes; fp32 masters, fp32 gradient sums, fp32 moments
+    fp8    the same, and products inside the blocks take E4M3 operands (layers/precision.py)
 
     losses = engine.forward_backward(*batch)    for each micro-batch: any objective whose result has `.loss`
     norm = engine.reduce()                      of the whole gradient, before clipping; the same on every rank
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from moe import ops
 from moe.config import OptimConfig, TrainConfig
 from moe.layers.experts import Experts
+from moe.layers.precision import use_fp8
 from moe.parallel import Ranks
 from moe.train.optim import adamw, learning_rate
 
@@ -51,7 +53,11 @@ class Engine:
             if isinstance(module, Experts):
                 module.recompute_z = train.recompute_z
         self.objective, self.ranks, self.clip = objective.to(ranks.device), ranks, optim.grad_clip
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        if train.precision == "fp8":
+            use_fp8(objective.model, train.fp8_scales)
+        self.dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
+        widths = objective.model.head_widths
+        self.attention = ops.select_attention(train.attention, ranks.device, self.dtype, widths, train.compile)
         self.named: dict[str, nn.Parameter] = dict(objective.named_parameters())
         self._build(optim, train)
 

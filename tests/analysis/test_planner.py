@@ -8,6 +8,7 @@ from moe.analysis import planner
 from moe.config import PRESETS, ModelConfig
 from moe.layers.balance import routers
 from moe.layers.experts import Experts
+from moe.layers.precision import use_fp8
 from moe.model import Transformer
 from moe.objectives import Pretraining
 
@@ -146,9 +147,18 @@ def test_memory_of_weights_and_optimizer_is_exact(small):
     assert sum(parts) == bf16.total
 
 
-def saved_bytes(config, rows, time, dtype, checkpointing, recompute_z=False):
+def test_simulated_fp8_is_planned_as_bf16_with_a_larger_workspace(small):
+    bf16, fp8 = (vars(planner.memory(small(), 16, 4, precision)) for precision in ("bf16", "fp8"))
+    assert [k for k in bf16 if bf16[k] != fp8[k]] == ["workspace", "total"] and fp8["workspace"] > bf16["workspace"]
+    assert any("simulated" in note for note in planner.plan(small(), precision="fp8").notes)
+    assert not any("simulated" in note for note in planner.plan(small(), precision="bf16").notes)
+
+
+def saved_bytes(config, rows, time, dtype, checkpointing, recompute_z=False, fp8=False):
     """Bytes that autograd keeps in one forward pass, parameters apart."""
     model = Transformer(config).train().to(dtype)
+    if fp8:
+        use_fp8(model)
     model.activation_checkpointing = checkpointing
     for module in model.modules():
         if isinstance(module, Experts):
@@ -168,13 +178,14 @@ def saved_bytes(config, rows, time, dtype, checkpointing, recompute_z=False):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("dtype, precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
     "changes", [{}, {"q_lora_rank": None, "n_shared_experts": 0}, {"n_routed_experts": 0}], ids=str
 )
-def test_activations_are_what_autograd_keeps(changes, dtype, precision):
+def test_activations_are_what_autograd_keeps(changes, precision):
     config, rows, time = ModelConfig.preset("tiny", vocab_size=64, num_hidden_layers=2, mtp_rows=1.0, **changes), 2, 160
-    measured = saved_bytes(config, rows, time, dtype, checkpointing=False)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    measured = saved_bytes(config, rows, time, dtype, checkpointing=False, fp8=precision == "fp8")
     m = planner.memory(config, time, rows, precision)
     logits = rows * time * config.vocab_size * (4 if precision == "fp32" else 6)
     assert m.activations + m.head - logits == pytest.approx(measured, rel=0.1)

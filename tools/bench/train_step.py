@@ -148,7 +148,11 @@ def main(shape: str = "R", threads: int = 1, rounds: int = 5, only: str = "", pa
     command = [sys.executable, __file__, "--worker"]
     processes = {
         name: subprocess.Popen(
-            [*command, name, shape, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [*command, name, shape, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for name in names
     }
@@ -169,8 +173,12 @@ def main(shape: str = "R", threads: int = 1, rounds: int = 5, only: str = "", pa
     top = {d: ceiling.measure_ceiling(d, threads) for d in (torch.bfloat16, torch.float32)}
     seconds = {name: statistics.median(r[clock] for r in found[2:]) for name, found in results.items()}
     base = seconds.get("hf-tuned", next(iter(seconds.values())))
-    print(f"shape {shape}, {tokens} tokens a step, {threads} thread(s), {clock} seconds, median of {rounds} interleaved rounds")
-    print(f"{flops / 1e6:.1f} MFLOP a token; ceilings bf16 {top[torch.bfloat16] / 1e9:.0f}, fp32 {top[torch.float32] / 1e9:.0f} GFLOP/s")
+    print(
+        f"shape {shape}, {tokens} tokens a step, {threads} thread(s), {clock} seconds, median of {rounds} interleaved rounds"
+    )
+    print(
+        f"{flops / 1e6:.1f} MFLOP a token; ceilings bf16 {top[torch.bfloat16] / 1e9:.0f}, fp32 {top[torch.float32] / 1e9:.0f} GFLOP/s"
+    )
     print("| path | s a step | tokens/s | hf-tuned / this | peak MB | share of the bf16 ceiling | last loss |")
     print("|---|---|---|---|---|---|---|")
     for name, value in seconds.items():
