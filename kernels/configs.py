@@ -132,9 +132,9 @@ def _rows(entries: Any, key: tuple[str, int, str], path: Path) -> list[Row]:
         place = f"{path}: {_name(*key)}[{i}]"
         if wrong := _wrong(entry):
             raise ValueError(f"{place}: {wrong}")
-        block = entry["block"]
+        m, n, k = entry["block"]
         row = Row(*key, entry.get("rows"), entry.get("width"),
-                  Config(*block, entry["warps"], entry["stages"], entry["ctas"]))  # fmt: skip
+                  Config(m, n, k, entry["warps"], entry["stages"], entry["ctas"]))  # fmt: skip
         for earlier in rows:
             if all(mine is not None and mine <= theirs for mine, theirs in _bounds(row, earlier)):
                 raise ValueError(f"{place}: never reached, an earlier row holds all it holds")
