@@ -59,6 +59,9 @@ DOOR = {  # package -> the only paths that import it
     "datasets": ["moe/data/sources.py"],
     "reasoning_gym": ["moe/data/tasks.py"],
     "flash_attn": ["kernels/varlen.py"],
+    "liger_kernel": ["tools/gpu/"],  # peers to measure against, where they are installed
+    "sonicmoe": ["tools/gpu/"],
+    "deep_gemm": ["tools/gpu/"],
     "safetensors": ["moe/interop/hf.py", "moe/train/checkpoint.py"],
     "transformers": ["moe/interop/hf_experts.py", "tools/bench/"],  # there as the peer to measure against
     "matplotlib": ["moe/analysis/chart.py"],

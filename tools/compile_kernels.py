@@ -221,13 +221,6 @@ def narrow(made: ahead.Compiled) -> int:
     return made.count("LDG", of=("U8", "S8", "U16", "S16")) + max(0, copies - made.stages - 1)
 
 
-def describe(case: Case, made: ahead.Compiled) -> str:
-    """Kernel, card, tile: the head of every line of output."""
-    tile = "x".join(str(value) for name, value in made.constants.items() if name.startswith("BLOCK"))
-    words = (made.kernel.strip("_"), f"sm_{made.arch}", case.dtype, tile, f"w{made.warps} s{made.stages}")
-    return " ".join(word for word in words if word)
-
-
 # -------------------------------------------------------------------------------------------------------------- the run
 
 _work: list[list[Case]] = []
@@ -286,14 +279,14 @@ def main(argv: list[str]) -> int:
     done = []
     for case, made in zip(cases, compile_all(cases, args.jobs)):
         if isinstance(made, str):
-            found.append(
-                f"{case.launch.kernel.__name__} sm_{case.arch} {case.dtype} ({case.where}) does not compile: {made}"
-            )
+            where = f"{case.launch.kernel.__name__} sm_{case.arch} {case.dtype} ({case.where})"
+            found.append(f"{where} does not compile: {made}")
             continue
+        head = kernel_report.describe(case.dtype, made)
         done.append((case, made))
-        found += [f"{describe(case, made)} ({case.where}): {fault}" for fault in faults(case, made)]
-    if args.list:
-        print("\n".join(f"{describe(case, made)}: {figures(made)}" for case, made in done))
+        found += [f"{head} ({case.where}): {fault}" for fault in faults(case, made)]
+        if args.list:
+            print(f"{head}: {kernel_report.figures(made)}")
     if args.report:
         args.report.write_text(kernel_report.markdown(done), encoding="utf-8")
     print("\n".join(found), end="\n" if found else "")
@@ -302,14 +295,6 @@ def main(argv: list[str]) -> int:
         f"{time.monotonic() - started:.0f} s, Triton {version('triton')}, table {configs.table_hash()}"
     )
     return int(bool(found))
-
-
-def figures(made: ahead.Compiled) -> str:
-    own = made.tensor_word
-    return (
-        f"{made.registers} registers, {made.stack} stack, {made.shared / ahead.KB:.0f} KB, {made.ctas} a multiprocessor, "
-        f"{made.count(own)} {own}, {made.count('LDGSTS')} LDGSTS"
-    )
 
 
 if __name__ == "__main__":

@@ -104,6 +104,21 @@ def others(done: list[tuple[Any, ahead.Compiled]]) -> list[str]:
     return lines
 
 
+def describe(dtype: str, made: ahead.Compiled) -> str:
+    """Kernel, card, tile: the head of every line of output."""
+    tile = "x".join(str(value) for name, value in made.constants.items() if name.startswith("BLOCK"))
+    words = (made.kernel.strip("_"), f"sm_{made.arch}", dtype, tile, f"w{made.warps} s{made.stages}")
+    return " ".join(word for word in words if word)
+
+
+def figures(made: ahead.Compiled) -> str:
+    own = made.tensor_word
+    return (
+        f"{made.registers} registers, {made.stack} stack, {made.shared / ahead.KB:.0f} KB, {made.ctas} a multiprocessor, "
+        f"{made.count(own)} {own}, {made.count('LDGSTS')} LDGSTS"
+    )
+
+
 def markdown(done: list[tuple[Any, ahead.Compiled]]) -> str:
     archs = sorted({made.arch for _, made in done})
     parts = [

@@ -79,7 +79,7 @@ def resolve(schema: type[Recipe], raw: dict[str, Any], init_model: InitModel | N
 
     known = leaf_types(schema)
     raw = json.loads(json.dumps(raw))  # a private copy
-    _check_keys(raw, known)
+    _check_keys(raw, known, schema.unused)
     model = dict(raw.get("model") or {})
     preset, twin = model.pop("preset", PSEUDO["model.preset"][0]), model.pop("dense_twin", False)
     if not isinstance(twin, bool):
@@ -247,7 +247,7 @@ def leaf_types(schema: type[Recipe]) -> dict[str, Any]:
     return result
 
 
-def _check_keys(raw: dict, known: dict[str, Any]) -> None:
+def _check_keys(raw: dict, known: dict[str, Any], unused: frozenset[str]) -> None:
     sections = sorted({k.split(".")[0] for k in known})
     for name, value in raw.items():
         if name not in sections:
@@ -258,6 +258,8 @@ def _check_keys(raw: dict, known: dict[str, Any]) -> None:
             example = next(k for k in known if k.startswith(name + "."))
             raise UserError(f"{name}={value} is a whole section; set one of its keys, such as {example}=...")
     for key, _ in _leaves(raw):
+        if key in unused:
+            raise UserError(f"{key} means nothing to this recipe; leave it out")
         if key not in known:
             base = key.split(".")[0]
             same = {k.split(".")[-1]: k for k in known if k.startswith(base + ".")}

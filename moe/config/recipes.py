@@ -204,6 +204,7 @@ class Recipe(Section):
 @dataclass
 class PretrainConfig(Recipe):
     aliases = {"init": "run.init"}
+    unused = frozenset({"run.init"})  # pretraining starts from nothing
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,6 +23,7 @@ from moe.config import GrpoRecipe
 from moe.data.tasks import Problem, Task, encode_prompt, spelled
 from moe.data.tokenizer import Tokenizer
 from moe.inference.accuracy import task_accuracy
+from moe.layers.precision import use_fp8
 from moe.model import Transformer
 from moe.objectives import group_advantages, live_groups
 from moe.objectives.reinforcement import Samples
@@ -64,6 +65,8 @@ class Grpo(Loop):
             self.reference = Transformer(cfg.model).to(ranks.device, engine.dtype).eval().requires_grad_(False)
             with engine.gathered() as model:
                 self.reference.load_state_dict(model.state_dict())
+            if cfg.train.precision == "fp8":  # or the two would differ before the first step
+                use_fp8(self.reference, cfg.train.fp8_scales)
 
     # ----------------------------------------------------------------------------------------------------------- step
 

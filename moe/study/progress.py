@@ -25,7 +25,7 @@ def dry_run(study: Study) -> None:
     """Every run with parameters and expected time; writes and starts nothing."""
     train = study.cells[0].config.train
     cuda = train.device != "cpu" and torch.cuda.is_available()
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16
     peak = ceiling.peak_flops("cuda" if cuda else "cpu", dtype, train.threads)
     done = {cell.name: finished(cell.config, cell.folder) for cell in study.cells}
     records = {cell.arm: record for cell in study.cells if "perf/seconds" in (record := last_record(cell.folder))}

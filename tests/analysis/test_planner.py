@@ -1,6 +1,5 @@
 """The plan against the modules it describes, published numbers and hand counts."""
 
-
 import pytest
 import torch
 
