@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft grpo generate ablate test test-all lint types clean
+.PHONY: help setup pretrain sft grpo generate ablate test test-all nightly lint types clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -55,6 +55,11 @@ test: $(READY) ## the tests of a working day
 
 test-all: $(READY) ## every test, slow ones too
 	$(BIN)/python -m pytest -q -m "" $(ARGS)
+
+nightly: $(READY) ## the kernels again: compiled by the oldest Triton allowed, and broken one way at a time
+	$(PYTHON) -m pip install -q --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton-3.6:. $(BIN)/python tools/compile_kernels.py
+	$(BIN)/python tools/mutate_kernels.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

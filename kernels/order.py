@@ -25,7 +25,7 @@ from moe.kernels.route import ROWS
 
 SLOTS = 128  # choices of a block when there is no histogram yet
 COLUMNS = 64  # experts that one program counts
-CHUNK, STRIPE = 512, 8  # blocks at a time, and experts, of one program of `_before`: 32 bytes of a row, one sector
+CHUNK, STRIPE = 256, 8  # blocks at a time, and experts, of one program of `_before`: 32 bytes of a row, one sector
 
 
 class Order(NamedTuple):
