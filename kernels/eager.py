@@ -91,6 +91,8 @@ def _fits_grouped_mm(*widths_and_dtype) -> bool:
 
 def rows_by_weight(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[M, A], [E, A, B] -> [M, B]: rows of expert e times weight[e]. `weight` may be a transposed view."""
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):  # grouped_mm takes no other layout
+        weight = weight.contiguous()
     if rows.shape[0] and _fits_grouped_mm(rows.shape[1], weight.shape[2], rows.dtype):
         return F.grouped_mm(rows, weight, offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[2])

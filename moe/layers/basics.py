@@ -7,6 +7,7 @@ Sources: DeepSeek-V3 (arXiv 2412.19437) section 2.1.1 and 4.3; YaRN, arXiv 2309.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,17 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.config import check_rope_scaling
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would compute in on the device of `x`; None where it is off. It reaches no custom op."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 class RMSNorm(nn.Module):

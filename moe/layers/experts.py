@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import ops
+from moe.layers.basics import autocast_dtype
 
 
 class Experts(nn.Module):
@@ -26,5 +27,7 @@ class Experts(nn.Module):
         """x [..., D], experts and gates [..., K] -> [..., D]. Ids outside [0, E) are no expert."""
         k = experts.shape[-1]
         ids, gates = experts.reshape(-1, k), gates.reshape(-1, k)
-        y = ops.experts(x.reshape(-1, x.shape[-1]), self.w13, self.w2, ids, gates, self.recompute_z)
-        return y.view(x.shape)
+        given: tuple[Tensor, ...] = (x.reshape(-1, x.shape[-1]), self.w13, self.w2)
+        if (dtype := autocast_dtype(x)) is not None:  # it reaches no custom op: cast as it would
+            given = tuple(t.to(dtype) for t in given)
+        return ops.experts(*given, ids, gates, self.recompute_z).view(x.shape)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe import ops
 from moe.config import ModelConfig, UserError, check_routing
+from moe.layers.basics import without_autocast
 from moe.layers.routing import Routing
 
 FEW = 16  # tokens of a decoding step, for which one call of topk is faster than four passes (measured); same bits
@@ -85,9 +86,10 @@ class Router(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(tokens.to(wide), self.weight.to(wide))
+        with without_autocast(x):  # it would undo the widening
+            logits = F.linear(tokens.to(wide), self.weight.to(wide))
         aux = self.training and (self.seq_aux_alpha > 0 or self.batch_aux_alpha > 0)
-        by_kernel = replay is None and type(self).choose is Router.choose and ops.path_for(x) == "triton"
+        by_kernel = replay is None and self._own_choice() and ops.path_for(x) == "triton"
         s = self._affinities(logits) if keep_scores or aux or not by_kernel else None
         if by_kernel:  # affinities exist in registers only
             chosen, gates, counts = ops.route(
@@ -111,6 +113,11 @@ class Router(nn.Module):
             chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,
             s.view(*shape, self.n_experts) if keep_scores else None,
         )  # fmt: skip
+
+    def _own_choice(self) -> bool:
+        """No variant says otherwise: only this class's rule has a kernel."""
+        kind = type(self)
+        return (kind.choose, kind._affinities, kind._route) == (Router.choose, Router._affinities, Router._route)
 
     def _affinities(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits) if self.scoring_func == "sigmoid" else torch.softmax(logits, -1)

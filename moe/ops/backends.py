@@ -22,7 +22,7 @@ from moe.config import UserError, nearest
 from moe.kernels import attention as blocks
 from moe.kernels import sdpa, varlen
 from moe.ops import fused
-from moe.ops.paths import KERNEL_DTYPES, selected
+from moe.ops.paths import KERNEL_DTYPES, selected, undisturbed
 
 BACKENDS = ("auto", "sdpa", "flex", "flash")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -67,7 +67,8 @@ def _answer(index: int | None, dtype: torch.dtype, dqk: int, dv: int, packed: bo
         for name in _candidates(packed) if _selected == "auto" else (_selected,):
             why = _unable(name, device, dtype, dqk, dv, packed)
             if not why and may_try:
-                why = trial(name, device, dtype, dqk, dv, packed)
+                with undisturbed():
+                    why = trial(name, device, dtype, dqk, dv, packed)
                 surprised = surprised or bool(why)
             if not why:
                 break

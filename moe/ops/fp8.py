@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels import eager, fp8
-from moe.ops.grouped import _check_weights
+from moe.ops.grouped import check_weights
 
 Scales = fp8.Scales
 FLOAT = Scales()
@@ -36,7 +36,7 @@ def fp8_experts(
     recompute_z: bool = False,
 ) -> Tensor:
     """`ops.experts` with all its products over E4M3 operands; shapes, ids outside [0, E) and zero gradients as there."""
-    _check_weights("fp8_experts", x, w13, w2)
+    check_weights("fp8_experts", x, w13, w2)
     if experts.shape != gates.shape or experts.shape[0] != x.shape[0] or experts.ndim != 2:
         raise ValueError(
             f"fp8_experts: ids {tuple(experts.shape)} and gates {tuple(gates.shape)} must both be [N, K] with "

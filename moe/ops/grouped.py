@@ -25,11 +25,20 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, 
     pass repeats the first product instead of keeping its result (4FK bytes a token in bf16). Raises ValueError on
     shapes that do not fit.
     """
-    _check_weights("experts", x, w13, w2)
+    check_weights("experts", x, w13, w2)
     if experts.shape != gates.shape or experts.shape[0] != x.shape[0] or experts.ndim != 2:
         raise ValueError(
             f"experts: ids {tuple(experts.shape)} and gates {tuple(gates.shape)} must both be [N, K] with N={x.shape[0]}"
         )
+    _check_gates("experts", x, gates)
+    if experts.dtype != torch.int64:
+        if experts.dtype.is_floating_point or experts.dtype.is_complex or experts.dtype == torch.bool:
+            raise ValueError(f"experts: ids must be integers, not {experts.dtype}")
+        experts = experts.long()
+    if experts.device != x.device:
+        raise ValueError(f"experts: ids are on {experts.device}, x is on {x.device}")
+    if not experts.shape[1]:  # nobody is chosen: zeros, and zero gradients
+        return torch.zeros_like(x) + sum(t.sum() * 0 for t in (x, w13, w2)) if x.numel() else x.clone()
     path = path_for(x)
     if path == "reference":
         return reference.experts(x, w13, w2, experts, gates)
@@ -49,12 +58,13 @@ def grouped_swiglu(
     Rows past `ends[-1]` are never read: their results and gradients are zero. Differentiable in rows, w13, w2 and
     row_gates. `ends` stays on the device: its values are not checked.
     """
-    _check_weights("grouped_swiglu", rows, w13, w2)
+    check_weights("grouped_swiglu", rows, w13, w2)
     if row_gates.shape != rows.shape[:1] or ends.shape != w13.shape[:1] or ends.dtype != torch.int32:
         raise ValueError(
             f"grouped_swiglu: ends {tuple(ends.shape)} {ends.dtype} and row_gates {tuple(row_gates.shape)} must be "
             f"[{w13.shape[0]}] int32 and [{rows.shape[0]}]"
         )
+    _check_gates("grouped_swiglu", rows, row_gates)
     path = path_for(rows)
     if path == "reference":
         return reference.grouped_swiglu(rows, w13, w2, ends, row_gates)
@@ -62,13 +72,23 @@ def grouped_swiglu(
     return op(rows, w13, w2, ends, row_gates, recompute_z)[0]
 
 
-def _check_weights(op: str, x: Tensor, w13: Tensor, w2: Tensor) -> None:
-    n_experts, double, width = w13.shape
+def check_weights(op: str, x: Tensor, w13: Tensor, w2: Tensor) -> None:
+    n_experts, double, width = w13.shape if w13.ndim == 3 else (0, 1, 0)
     if x.ndim != 2 or x.shape[1] != width or tuple(w2.shape) != (n_experts, width, double // 2) or double % 2:
         raise ValueError(
             f"{op}: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)} do not fit; "
             "expected x [N, D], w13 [E, 2F, D], w2 [E, D, F]"
         )
+    if not w13.numel():
+        raise ValueError(f"{op}: w13 {tuple(w13.shape)} is empty; there must be an expert, and widths above 0")
+    for name, w in {"w13": w13, "w2": w2}.items():
+        if w.dtype != x.dtype or w.device != x.device:
+            raise ValueError(f"{op}: {name} is {w.dtype} on {w.device}, x is {x.dtype} on {x.device}; convert one")
+
+
+def _check_gates(op: str, x: Tensor, gates: Tensor) -> None:
+    if not gates.dtype.is_floating_point or gates.device != x.device:
+        raise ValueError(f"{op}: gates must be floating point on {x.device}, not {gates.dtype} on {gates.device}")
 
 
 def _trained(ctx) -> bool:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -59,6 +61,21 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Plain tensors, on the CPU and in fp32 unless told otherwise, whatever the caller is in: inference mode, another
+    default device or dtype, a tracer's fake tensors. For checks whose answer is kept."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), _disable_current_modes(), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _unable() -> str:
     """Why no Triton kernel can run in this process, or nothing."""
     if importlib.util.find_spec("triton") is None:
@@ -78,7 +95,8 @@ def _verdict(kind: str, index: int | None, dtype: torch.dtype) -> str:
         if not why:
             from moe.kernels import selftest
 
-            wrong = selftest.disagreement(torch.device(kind, index), dtype)
+            with undisturbed():
+                wrong = selftest.disagreement(torch.device(kind, index), dtype)
             why = f"the kernels disagree with their reference for {dtype} on {kind}: {wrong}" if wrong else ""
         if why and selected() == "auto":
             warnings.warn(f"experts run on the slower PyTorch path: {why}", RuntimeWarning, stacklevel=2)

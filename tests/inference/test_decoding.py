@@ -219,7 +219,7 @@ def test_a_list_of_seeds_makes_a_sequence_independent_of_its_batch(model):
     assert [shuffled.tokens[i] for i in (1, 0, 2)] == [together.tokens[i] for i in (0, 2, 3)]
     assert moe.generate(model, [PROMPTS[1]], 8, 1.0, seed=[4]).tokens[0] == together.tokens[1]
     assert moe.generate(model, [PROMPTS[1]], 8, 1.0, seed=4).tokens[0] == together.tokens[1]  # the stream (4, 0)
-    same = moe.generate(model, [[1, 2, 3]] * 3, 12, 1.0, seed=[6, 6, 7])
+    same = moe.generate(model, [[1, 2, 3]] * 3, 12, 5.0, seed=[6, 6, 7])  # hot, or two seeds may draw the same
     assert same.tokens[0] == same.tokens[1] != same.tokens[2]
 
 

@@ -135,13 +135,14 @@ def test_without_rows_there_is_nothing_to_do():
 
 
 @interpreted
+@pytest.mark.parametrize("k", [37, 64], ids=["no whole step of depth", "whole steps, and columns that are not"])
 @pytest.mark.parametrize("tile", TILES)
-def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile):
+def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile, k):
     fenced = fence(monkeypatch, module)
     for case in ("only the last", "spread", "nobody"):
-        chosen, dy, w2, z, gates = inputs(case, 37, 44)
+        chosen, dy, w2, z, gates = inputs(case, k, 44)
         bwd_act(dy, w2, z, gates, chosen.ends, chosen.order, TILES[tile])
-    bwd_act(torch.randn(gates.numel(), 37), w2, z, gates.flatten(), chosen.ends, config=TILES[tile])
+    bwd_act(torch.randn(gates.numel(), k), w2, z, gates.flatten(), chosen.ends, config=TILES[tile])
     assert fenced.touched
 
 

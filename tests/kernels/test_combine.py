@@ -73,7 +73,11 @@ def test_the_choices_are_added_in_their_order():
 def test_layout_does_not_matter():
     rows, inv = inputs("empty ones", 24, 2, BF16)
     base = torch.randn(inv.shape[0], 24).bfloat16()
-    assert torch.equal(combine(awkward(rows), inv, awkward(base)), combine(rows, inv, base))
+    right = combine(rows, inv, base)
+    assert torch.equal(combine(awkward(rows), inv, awkward(base)), right)
+    wide = torch.full((inv.shape[0], 48), float("nan")).bfloat16()  # aligned, so that it is read where it lies
+    wide[:, :24] = base
+    assert torch.equal(combine(rows, inv, wide[:, :24]), right)
 
 
 def test_the_same_bits_for_every_grid(monkeypatch):

@@ -102,13 +102,14 @@ def test_nobodys_rows_become_zero_on_request(case):
 
 
 @interpreted
+@pytest.mark.parametrize("k", [37, 64], ids=["no whole step of depth", "whole steps, and columns that are not"])
 @pytest.mark.parametrize("tile", TILES)
-def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile):
+def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile, k):
     fenced = fence(monkeypatch, module)
     for transpose in (True, False):
-        chosen, rows, w = inputs("only the last", 37, 44, transpose)
+        chosen, rows, w = inputs("only the last", k, 44, transpose)
         gmm(rows, w, chosen.ends, transpose, TILES[tile])
-    chosen, rows, w = inputs("nobody", 37, 44, True)
+    chosen, rows, w = inputs("nobody", k, 44, True)
     zero_tail(gmm(rows, w, chosen.ends, True, TILES[tile]), chosen.ends)
     assert fenced.touched
 

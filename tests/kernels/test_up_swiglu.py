@@ -114,13 +114,14 @@ def test_without_rows_there_is_nothing_to_do():
 
 
 @interpreted
+@pytest.mark.parametrize("k", [37, 64], ids=["no whole step of depth", "whole steps, and columns that are not"])
 @pytest.mark.parametrize("tile", TILES)
-def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile):
+def test_nothing_outside_the_tensors_is_touched(monkeypatch, tile, k):
     fenced = fence(monkeypatch, module)
     for case in ("only the last", "spread", "nobody"):
-        chosen, x, w13, gates = inputs(case, 37, 44)
+        chosen, x, w13, gates = inputs(case, k, 44)
         up_swiglu(x, w13, gates, chosen.ends, chosen.order, config=TILES[tile])
-    rows = torch.randn(gates.numel(), 37)
+    rows = torch.randn(gates.numel(), k)
     up_swiglu(rows, w13, gates.flatten(), chosen.ends, save_z=False, config=TILES[tile])
     assert fenced.touched
 

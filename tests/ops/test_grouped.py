@@ -245,3 +245,42 @@ def test_frozen_weights_cost_no_product_and_change_no_other_gradient(monkeypatch
     monkeypatch.setattr(eager, "rows_by_rows", lambda *_: pytest.fail("a gradient that nobody wants"))
     found = with_gradients(run, inputs, upstream, (0, 4))[1]
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[3])
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_ids_may_be_any_integers(kind):
+    inputs = expert_inputs(ids_of("spread", 9, 2, 5), 5, 16, 8, F32)
+    x, w13, w2, ids, gates = inputs
+    upstream = torch.randn(9, 16)
+    y, gradients = with_gradients(ops.experts, (x, w13, w2, ids.to(kind), gates), upstream, (0, 1, 2, 4))
+    expected, right = with_gradients(ops.experts, inputs, upstream, (0, 1, 2, 4))
+    assert torch.equal(y, expected) and all(torch.equal(a, b) for a, b in zip(gradients, right))
+
+
+@pytest.mark.parametrize("layout", ["every other", "off by one", "transposed"])
+def test_weights_of_any_layout(agree, layout):
+    x, w13, w2, ids, gates = expert_inputs(ids_of("spread", 9, 2, 5), 5, 16, 8, F32)
+
+    def laid(w):
+        if layout == "transposed":
+            return w.mT.contiguous().mT
+        step = 2 if layout == "every other" else 1
+        wide = torch.full((*w.shape[:2], step * w.shape[2] + 1), float("nan"))
+        wide[..., 1 : 1 + step * w.shape[2] : step] = w
+        return wide[..., 1 : 1 + step * w.shape[2] : step]
+
+    upstream = torch.randn(9, 16)
+    y, gradients = with_gradients(
+        lambda x, g: ops.experts(x, laid(w13), laid(w2), ids, g), (x, gates), upstream, (0, 1)
+    )
+    expected, right = with_gradients(lambda x, g: ops.experts(x, w13, w2, ids, g), (x, gates), upstream, (0, 1))
+    agree(y, expected)
+    agree(gradients[0], right[0])
+    agree(gradients[1], right[1])
+
+
+def test_no_choice_at_all_is_zero_with_zero_gradients():
+    x, w13, w2, _, _ = expert_inputs(ids_of("spread", 9, 2, 5), 5, 16, 8, F32)
+    ids, gates = torch.empty(9, 0, dtype=torch.int64), torch.empty(9, 0)
+    y, gradients = with_gradients(lambda *a: ops.experts(*a, ids, gates), (x, w13, w2), torch.ones(9, 16), (0, 1, 2))
+    assert not y.any() and not any(g.any() for g in gradients)

@@ -156,3 +156,17 @@ def test_a_token_is_routed_alike_whatever_stands_beside_it(triton):
     for n in (0, 7, 8, N - 1):
         alone = router(x[n : n + 1])
         assert torch.equal(alone.experts[0], whole.experts[n]) and torch.equal(alone.gates[0], whole.gates[n])
+
+
+def test_a_variant_keeps_its_own_affinities_where_a_kernel_would_answer(triton, ops_path):
+    """The kernel knows one rule, the class's own."""
+
+    class Flat(Router):
+        def _affinities(self, logits):
+            return torch.sigmoid(0.1 * logits)
+
+    router, x, found = Flat(16, 8, 2), torch.randn(5, 16), []
+    for path in ("torch", "triton"):
+        ops_path(path)
+        found.append(router(x).gates)
+    assert torch.equal(*found)

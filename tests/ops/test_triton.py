@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import moe
 from moe import ops
 from moe.config import UserError
 from moe.kernels import chain, selftest
@@ -131,6 +132,24 @@ def test_kernels_that_agree_with_the_oracle_answer_on_a_gpu(card, monkeypatch):
     assert ops.path_for(Card(F64)) == "torch" and ops.path_for(torch.zeros(1)) == "torch"
 
 
+@pytest.mark.parametrize("where", ["inference mode", "default device", "default dtype", "fake tensors"])
+def test_the_start_up_check_does_not_care_what_its_caller_is_in(monkeypatch, ops_path, where):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(paths, "_verdicts", {})
+    ops_path("triton")
+    dtype = torch.get_default_dtype()
+    try:
+        if where == "default dtype":
+            torch.set_default_dtype(F64)
+        mode = {"inference mode": torch.inference_mode, "fake tensors": FakeTensorMode}.get(where, torch.enable_grad)
+        with mode(), torch.device("meta" if where == "default device" else "cpu"):
+            assert paths._verdict("cpu", None, F32) == ""
+            assert torch.get_default_dtype() == (F64 if where == "default dtype" else F32)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def test_wrong_kernels_are_left_with_one_loud_warning(card, monkeypatch):
     monkeypatch.setattr(selftest, "disagreement", lambda *_: "dw2 off by 0.3 of its largest value")
     with pytest.warns(RuntimeWarning, match="slower PyTorch path.*bfloat16 on cuda: dw2 off by 0.3") as seen:
@@ -157,6 +176,21 @@ def test_triton_without_a_gpu_is_refused_when_it_is_selected(monkeypatch):
     monkeypatch.setattr(paths, "_selected", "auto")
     with pytest.raises(UserError, match="train.ops=triton: the kernels need a GPU.*auto or torch"):
         ops.select("triton")
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_a_layer_under_autocast_computes_as_linear_layers_do_and_routes_in_fp32(triton, ops_path, agree, path):
+    ops_path(path)
+    layer, first = moe.MoE(16, 8, 8, 2), torch.nn.Linear(16, 16)
+    x = torch.randn(11, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = layer(first(x))
+    assert y.dtype == BF16 and routing.gates.dtype == F32
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == F32 for p in (*layer.experts.parameters(), first.weight))
+    with torch.no_grad():
+        again = layer(first(x).bfloat16().float(), replay=routing.experts)[0]
+    agree(y.float(), again, 3e-2)
 
 
 def test_a_layer_of_a_wrong_kernel_is_noticed(triton, monkeypatch, agree):
