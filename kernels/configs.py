@@ -108,15 +108,22 @@ def load(path: Path) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         families = {int(arch): int(family) for arch, family in content["families"].items()}
         listed = content["rows"]
+        keys = {
+            (kernel, int(family), dtype)
+            for kernel, f in listed.items()
+            for family, d in f.items()
+            for dtype in d.keys()
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ValueError(f'{path}: not a table of tiles ({e!r}); it holds "families" and "rows"') from None
+        raise ValueError(
+            f'{path}: not a table of tiles ({e!r}); it holds "families" and "rows": kernel, family, dtype'
+        ) from None
     rows = {}
     for kernel in KERNELS:
         for family in sorted(set(families.values())):
             for dtype in dict.fromkeys(DTYPES.values()):
                 entries = listed.get(kernel, {}).get(str(family), {}).get(dtype)
                 rows[kernel, family, dtype] = _rows(entries, (kernel, family, dtype), path)
-    keys = {(kernel, int(family), dtype) for kernel, f in listed.items() for family, d in f.items() for dtype in d}
     if unknown := keys - set(rows):
         raise ValueError(f"{path}: {_name(*min(unknown))} is no key of this table (a typing error?)")
     return Table(families, rows, hashlib.sha256(json.dumps([content["families"], listed]).encode()).hexdigest()[:12])
@@ -156,13 +163,13 @@ def _wrong(entry: Any) -> str:
     if not isinstance(entry, dict) or not wanted <= set(entry) <= wanted | {"rows", "width"}:
         return f"needs {', '.join(sorted(wanted))}, may have rows and width"
     block = entry["block"]
-    if not isinstance(block, list) or len(block) != 3 or not all(_power(b) and b >= 16 for b in block):
-        return f"block={block} is not [block_m, block_n, block_k], powers of two from 16"
+    if not isinstance(block, list) or len(block) != 3 or not all(_power(b) and 16 <= b <= 256 for b in block):
+        return f"block={block} is not [block_m, block_n, block_k], powers of two from 16 to 256"
     if not _power(entry["warps"]) or entry["warps"] > 16:
         return f"warps={entry['warps']} is not 1, 2, 4, 8 or 16"
-    for name in ("stages", "ctas", "rows", "width"):
-        if name in entry and not (type(entry[name]) is int and entry[name] >= 1):
-            return f"{name}={entry[name]!r} is not a whole number from 1"
+    for name, most in {"stages": 16, "ctas": 32, "rows": 2**31, "width": 2**31}.items():
+        if name in entry and not (type(entry[name]) is int and 1 <= entry[name] <= most):
+            return f"{name}={entry[name]!r} is not a whole number from 1 to {most}"
     return ""
 
 

@@ -27,7 +27,6 @@ class Experts(nn.Module):
         """x [..., D], experts and gates [..., K] -> [..., D]. Ids outside [0, E) are no expert."""
         k = experts.shape[-1]
         ids, gates = experts.reshape(-1, k), gates.reshape(-1, k)
-        given: tuple[Tensor, ...] = (x.reshape(-1, x.shape[-1]), self.w13, self.w2)
-        if (dtype := autocast_dtype(x)) is not None:  # it reaches no custom op: cast as it would
-            given = tuple(t.to(dtype) for t in given)
-        return ops.experts(*given, ids, gates, self.recompute_z).view(x.shape)
+        dtype = autocast_dtype(x)  # it reaches no custom op: cast as it would
+        tokens, w13, w2 = (t if dtype is None else t.to(dtype) for t in (x.reshape(-1, x.shape[-1]), self.w13, self.w2))
+        return ops.experts(tokens, w13, w2, ids, gates, self.recompute_z).view(x.shape)

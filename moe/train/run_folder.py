@@ -112,6 +112,11 @@ def environment() -> dict[str, Any]:
 
     from moe.kernels.configs import table_hash
 
+    try:
+        tiles = table_hash()
+    except ValueError as error:
+        raise UserError(f"{error}; take the file of the release") from None
+
     versions = {}
     for name in PACKAGES:
         try:
@@ -134,7 +139,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "world_size": int(os.environ.get("WORLD_SIZE") or 1),
         "versions": versions,
-        "kernel_table": table_hash(),
+        "kernel_table": tiles,
     }
 
 

@@ -103,7 +103,9 @@ def test_tiles_of_small_cards_ask_for_small_memory():
         ([one_row(block=[64, 8, 32])], "powers of two from 16"),
         ([one_row(warps=3)], "warps=3"),
         ([one_row(warps=32)], "warps=32"),
+        ([one_row(block=[512, 64, 32])], "to 256"),
         ([one_row(stages=0)], "stages=0"),
+        ([one_row(ctas=99)], "ctas=99 is not a whole number from 1 to 32"),
         ([one_row(ctas=1.5)], "ctas=1.5"),
         ([one_row(ctas=True)], "ctas=True"),
         ([one_row(rows="24")], "rows='24'"),
@@ -120,7 +122,20 @@ def test_a_wrong_row_is_named_by_file_kernel_card_type_and_place(content, load, 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"families": {"x": 1}, "rows": {}}', '{"families": 3, "rows": {}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"families": {"x": 1}, "rows": {}}',
+        '{"families": 3, "rows": {}}',
+        '{"families": {}, "rows": null}',
+        '{"families": {"90": 90}, "rows": {"gmm": []}}',
+        '{"families": {"90": 90}, "rows": {"gmm": {"9x": {}}}}',
+        '{"families": {"90": 90}, "rows": {"gmm": {"90": []}}}',
+        '{"families": {"90": 90}, "rows": {"gmm": 3}}',
+    ],
 )
 def test_a_file_that_is_no_table_is_named(load, text):
     with pytest.raises(ValueError, match="tiles.json: not a table"):

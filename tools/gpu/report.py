@@ -50,7 +50,9 @@ def markdown(found: dict[str, Any], goals: list[Goal]) -> str:
         lines.append(
             f"| {g.what} | {number(g.value)} | {sign} {number(g.least)} | {sign} {number(g.goal)} | {verdict} |"
         )
-    lines += ["", f"Missed goals: {', '.join(g.what for g in missed(found, goals)) or 'none'}.", ""]
+    judged = [] if found["interpreter"] else [g for g in goals if g.value is not None]
+    short = ", ".join(g.what for g in missed(found, goals)) or "none"
+    lines += ["", f"Missed goals: {short}, of {len(judged)} that were measured." if judged else "No goal was measured.", ""]
     for title, make in SECTIONS.items():
         lines += make(found) and [f"## {title}", "", *make(found), ""]
     lines += ["## Cut", "", *([f"- {what}" for what in found["cut"]] or ["Nothing."]), ""]
