@@ -37,6 +37,11 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
+    Mutation(
+        "tiles", "mask nothing where the depth alone is whole",
+        "n % config.block_n == 0 and k % config.block_k == 0", "k % config.block_k == 0",
+    ),  # fmt: skip
+    Mutation("combine", "take the sum's width for the base's stride", "base.stride(0)", "d"),
     Mutation("tiles", "drop an expert's last, partial tile", "tl.cdiv(end - start, BLOCK_M)", "(end - start) // BLOCK_M"),
     Mutation("tiles", "one expert too early", "before = scan <= tile", "before = scan < tile"),
     Mutation("tiles", "every tile is its expert's first", "(tile - first_tile) * BLOCK_M", "0 * (tile - first_tile)"),
@@ -161,6 +166,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args(argv)
+    if strange := set(args.files) - {m.file for m in MUTATIONS}:
+        parser.error(f"{min(strange)} has no mutations; there are {', '.join(sorted({m.file for m in MUTATIONS}))}")
     chosen = [m for m in MUTATIONS if not args.files or m.file in args.files]
     for mutation in chosen:
         apply(mutation, (ROOT / "kernels" / f"{mutation.file}.py").read_text(encoding="utf-8"))
