@@ -6,7 +6,7 @@
     python tools/compile_kernels.py --report docs/kernels_static.md
 
 The launches are what the production wrappers start on meta tensors, each compiled once as Triton would compile it on the
-card (kernels/ahead.py). The rules: no stack and no local memory, the card's own tensor-core instruction, no product
+card (kernels/ahead.py). The rules (kernel_rules.py): no stack and no local memory, the card's own tensor-core instruction, no product
 that ptxas had to serialise, no narrow loads of aligned operands, no atomics, memory within the card's limits, as many
 programs a multiprocessor as the row of the table says; and no row of the table that no launch takes, no recompilation
 when the number of tokens changes. One line a breach, exit code 1.
@@ -33,6 +33,7 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # nothing is compiled under it
 
 import kernel_report  # noqa: E402
+import kernel_rules  # noqa: E402
 import torch  # noqa: E402
 
 from moe.kernels import ahead, configs  # noqa: E402
@@ -73,6 +74,9 @@ class Case(NamedTuple):
     """The row of the table that gave the tile."""
     where: str
     """Widths and rows per expert of the first launch like it."""
+
+    def faults(self, made: ahead.Compiled) -> list[str]:
+        return kernel_rules.faults(self.dtype, self.row.config.ctas if self.row else None, made)
 
 
 # ------------------------------------------------------------------------------------------------- production launches
@@ -177,50 +181,6 @@ def distinct(cases: Iterable[Case]) -> dict[str, Case]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ the rules
-
-
-def faults(case: Case, made: ahead.Compiled) -> list[str]:
-    """What this binary does that it must not."""
-    have = ahead.LIMITS[made.arch]
-    local = made.count("LDL", "STL")
-    # whole words: REDUX is no RED, and tcgen05 brings ATOMS of its own, on whole numbers
-    atomics = made.count("ATOM", "ATOMG", "RED", "REDG") + made.count("ATOMS", of=("F16x2", "BF16x2", "F32", "F64"))
-    broken = {
-        f"{made.stack} bytes of stack": made.stack,
-        f"{local} accesses to local memory": local,
-        f"{atomics} atomics": atomics,
-        f"{made.shared} bytes of shared memory, the card has {have.block_shared}": made.shared > have.block_shared,
-        f"{made.tensor_columns} columns of tensor memory": made.tensor_columns > ahead.TENSOR_COLUMNS,
-        **{line.strip(): True for line in made.warnings},
-    }
-    if case.row:
-        broken |= product_faults(case.dtype, case.row.config.ctas, made)
-    return [what for what, is_so in broken.items() if is_so]
-
-
-def product_faults(dtype: str, ctas: int, made: ahead.Compiled) -> dict[str, object]:
-    """The rules of kernels whose tile comes from the table: all of them multiply matrices."""
-    found: dict[str, object] = {f"{made.ctas} programs a multiprocessor, the row says {ctas}": made.ctas < ctas}
-    if dtype == "float32":
-        return found | {"no FFMA: exact fp32 products do not run on tensor cores": not made.count("FFMA", "FFMA2")}
-    own = made.tensor_word
-    found[f"no {own}"] = not made.count(own)
-    if dtype != "tf32":
-        found[f"{made.count('HMMA')} HMMA beside HGMMA"] = made.arch == 90 and made.count("HMMA")
-        found[f"{narrow(made)} narrow loads"] = narrow(made)
-    return found
-
-
-def narrow(made: ahead.Compiled) -> int:
-    """Loads of one 2-byte element, asynchronous copies of two: a lost alignment hint.
-
-    `order`, whole numbers, is read so once a stage, and once before.
-    """
-    copies = made.count("LDGSTS") - made.count("LDGSTS", of=("64", "128"))
-    return made.count("LDG", of=("U8", "S8", "U16", "S16")) + max(0, copies - made.stages - 1)
-
-
 # -------------------------------------------------------------------------------------------------------------- the run
 
 _work: list[list[Case]] = []
@@ -284,7 +244,7 @@ def main(argv: list[str]) -> int:
             continue
         head = kernel_report.describe(case.dtype, made)
         done.append((case, made))
-        found += [f"{head} ({case.where}): {fault}" for fault in faults(case, made)]
+        found += [f"{head} ({case.where}): {fault}" for fault in case.faults(made)]
         if args.list:
             print(f"{head}: {kernel_report.figures(made)}")
     if args.report:

@@ -153,7 +153,7 @@ def clean(kernel: str, arch: int, dtype: str, jobs: int) -> list[tuple[Config, s
     made = gate.compile_all(cases, jobs)
     for row, group in itertools.groupby(zip(cases, made), lambda pair: pair[0].row):
         pairs = list(group)
-        if all(not isinstance(m, str) and not gate.faults(case, m) for case, m in pairs):
+        if all(not isinstance(m, str) and not case.faults(m) for case, m in pairs):
             figures = ", ".join(str(m.registers) for _, m in pairs)
             found[row.config[:5]] = row.config, f"{figures} registers, {max(m.shared for _, m in pairs) // 1024} KB"
     return list(found.values())
