@@ -236,6 +236,9 @@ def main(argv: list[str]) -> int:
     cases = list(distinct(recorded).values())
     if args.kernel:
         cases = [c for c in cases if any(word in c.launch.kernel.__name__ for word in args.kernel)]
+        if not cases:
+            names = sorted({c.launch.kernel.__name__ for c in recorded})
+            parser.error(f"no kernel has one of {args.kernel} in its name; there are {', '.join(names)}")
     done = []
     for case, made in zip(cases, compile_all(cases, args.jobs)):
         if isinstance(made, str):
