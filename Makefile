@@ -9,7 +9,9 @@ NPROC  ?= 1
 ARGS   ?=
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+INSTALLED := $(VENV)/.ready
+READY  := $(VENV)/.native
+NATIVE := kernels/native
 
 # GOMP_SPINCOUNT: idle OpenMP threads go to sleep, instead of fighting whatever else runs on the machine.
 # UV_FIND_LINKS: uv does not read pip's settings.
@@ -27,13 +29,18 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft grpo generate ablate test test-all nightly lint types clean
+.PHONY: help setup native pretrain sft grpo generate ablate test test-all sanitize nightly lint types clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 	@echo 'Variables: ARGS="key=value ..."  NPROC=processes  PYTHON=interpreter  VENV=folder'
 
 setup: $(READY) ## build .venv with the tested versions (constraints.txt)
+	@$(BIN)/python -m moe.kernels.native
+
+native: $(INSTALLED) ## compile the CPU kernels again, and say what goes wrong
+	$(BIN)/python $(NATIVE)/build.py
+	@touch $(READY)
 
 pretrain: $(READY) ## train the tiny default here: minutes on two cores, no account, no further download
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/pretrain.py $(ARGS)
@@ -56,6 +63,14 @@ test: $(READY) ## the tests of a working day
 test-all: $(READY) ## every test, slow ones too
 	$(BIN)/python -m pytest -q -m "" $(ARGS)
 
+# LD_PRELOAD: Python knows nothing of the sanitizer, whose runtime has to come before everything else.
+SANITIZED := $(CURDIR)/build/sanitize/libmoe_native.so
+sanitize: $(READY) ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Linux)
+	CXX=g++ $(BIN)/python $(NATIVE)/build.py --sanitize --out $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    MOE_NATIVE_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest -q --capture=sys tests/kernels/native \
+	    --ignore tests/kernels/native/test_build.py $(ARGS)
+
 nightly: $(READY) ## the kernels again: compiled by the oldest Triton allowed, and broken one way at a time
 	$(PYTHON) -m pip install -q --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0
 	PYTHONPATH=$(VENV)/triton-3.6:. $(BIN)/python tools/compile_kernels.py
@@ -74,7 +89,7 @@ clean: ## remove caches and build leftovers; runs/ and .venv stay
 
 # An interrupted installation leaves no .ready and is taken up again. Distributions that split ensurepip from Python
 # still have pip's --python. uv takes a third of pip's time; pip is the way out where uv cannot reach what pip can.
-$(READY): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "$(PYTHON) was not found; install Python 3.10 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -88,4 +103,9 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install -q uv && \
 	    $(BIN)/uv pip install -q --python $(BIN)/python --compile-bytecode -e '.[test]' -c constraints.txt || \
 	    $(BIN)/python -m pip install -e '.[test]' -c constraints.txt
+	@touch $@
+
+# Installing compiles them as well, unseen. Without a compiler there is one line here, and PyTorch does their work.
+$(READY): $(INSTALLED) $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py
+	@$(BIN)/python $(NATIVE)/build.py --stale || true
 	@touch $@

@@ -54,9 +54,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
     return torch.stack(rows).view(batch, time, heads, v.shape[-1])
 
 
+def latent_attention(
+    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float, segment_ids: Tensor | None = None
+) -> Tensor:
+    """MLA's expanded form: q [B, T, H, nope + R], kv [B, T, H, nope + dv], one k_rope [B, T, R] for all heads; cos, sin
+    [B or 1, T, R / 2] turn the rotary channels of q and k_rope, pair by pair -> [B, T, H, dv]."""
+    batch, time, heads, _ = q.shape
+    rope = k_rope.shape[2]
+    nope = q.shape[3] - rope
+
+    def turned(x: Tensor, b: int, t: int) -> list[Tensor]:
+        c, s = (table[b if table.shape[0] > 1 else 0, t] for table in (cos, sin))
+        pairs = [(x[2 * i], x[2 * i + 1], c[i], s[i]) for i in range(rope // 2)]
+        return [y for even, odd, c, s in pairs for y in (even * c - odd * s, even * s + odd * c)]
+
+    at = [(b, t, h) for b in range(batch) for t in range(time) for h in range(heads)]
+    queries = [torch.stack([*q[b, t, h, :nope], *turned(q[b, t, h, nope:], b, t)]) for b, t, h in at]
+    keys = [torch.stack([*kv[b, t, h, :nope], *turned(k_rope[b, t], b, t)]) for b, t, h in at]
+    shape = batch, time, heads, nope + rope
+    return attention(torch.stack(queries).view(shape), torch.stack(keys).view(shape), kv[..., nope:], scale, segment_ids)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., D] -> [..., D]: x / sqrt(mean(x^2) + eps) * weight."""
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps) * weight
+
+
+def swiglu(z: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F]: gate * sigmoid(gate) * up."""
+    width = z.shape[-1] // 2
+    return z[..., :width] * torch.sigmoid(z[..., :width]) * z[..., width:]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -82,3 +109,29 @@ def route(scores: Tensor, bias: Tensor, k: int, n_group: int, topk_group: int, g
         open_ids = [e for e in range(len(s)) if e // size in kept]
         chosen.append(sorted(open_ids, key=lambda e: (-s[e], e))[:k])
     return chosen
+
+
+def sequence_loss(s: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """[B, T, E] affinities -> mean over sequences of sum over experts of f P. DeepSeek-V3, equations 17-20.
+
+    f: E / (K T) times the tokens that have the expert among their k best; no gradient. P: mean of s over a token's sum.
+    """
+    losses = []
+    for b in range(s.shape[0]):
+        live = [t for t in range(s.shape[1]) if mask is None or mask[b, t]]
+        hits = [0] * s.shape[2]
+        for chosen in route(s[b, live].detach(), torch.zeros(s.shape[2]), k, 1, 1):
+            for e in chosen:
+                hits[e] += 1
+        f = torch.tensor(hits, dtype=s.dtype) * s.shape[2] / (k * max(1, len(live)))
+        losses += [sum((f @ s[b, t] / s[b, t].sum() for t in live), s.sum() * 0) / max(1, len(live))]
+    return torch.stack(losses).mean()
+
+
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step on parameter p with gradient g and moments m, v -> the new p, m, v. Loshchilov and Hutter, 1711.05101."""
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    update = m / (1 - beta1**step) / (torch.sqrt(v / (1 - beta2**step)) + eps)
+    return p * (1 - lr * decay) - lr * update, m, v

@@ -106,6 +106,8 @@ TESTED_ELSEWHERE = {  # module -> the file or folder that tests it
     "kernels/launch.py": "tests/kernels/test_compile.py",
     "kernels/ahead.py": "tests/kernels/test_compile.py",
     "kernels/tiles.py": "tests/kernels/test_gmm.py",
+    "kernels/native/library.py": "tests/kernels/native/test_build.py",
+    "kernels/native/selftest.py": "tests/ops/test_paths.py",
     "moe/ops/__init__.py": "tests/ops/test_paths.py",
     "moe/ops/backends.py": "tests/ops/test_attention_backends.py",
     "moe/ops/fused.py": "tests/ops/test_attention_backends.py",

@@ -52,7 +52,8 @@ class TrainConfig(Section):
                           choices=["fp32", "bf16", "fp8"])  # fmt: skip
     fp8_scales: str = knob("v3", "scales of fp8 that are powers of two: DeepSeek-V3's choice, none or all",
                            choices=["v3", "float", "power_of_two"])  # fmt: skip
-    ops: str = knob("auto", "path of moe.ops; auto: triton on a GPU", choices=["auto", "reference", "torch", "triton"])
+    ops: str = knob("auto", "path of moe.ops; auto: triton on a GPU, native (kernels/native) on a CPU, where they work",
+                    choices=["auto", "reference", "torch", "triton", "native"])  # fmt: skip
     attention: str = knob("auto", "kernels of attention on GPUs, whatever model.attention computes; auto: docs/attention.md",
                           choices=["auto", "sdpa", "flex", "flash"])  # fmt: skip
     zero_stage: int = knob(0, "DeepSpeed ZeRO stage; 0: plain all-reduce", choices=[0, 1, 2, 3])
@@ -72,9 +73,10 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision == "fp8" and self.ops == "triton":
+        if self.precision == "fp8" and self.ops in ("triton", "native"):
             raise UserError(
-                "train.ops=triton has no kernels for train.precision=fp8, which is simulated in PyTorch; set train.ops=auto"
+                f"train.ops={self.ops} has no kernels for train.precision=fp8, which is simulated in PyTorch; "
+                "set train.ops=auto"
             )
         if self.precision != "fp8" and self.fp8_scales != "v3":
             raise UserError(

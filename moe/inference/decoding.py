@@ -20,8 +20,10 @@ from torch import Tensor
 
 from moe import ops
 from moe.config import UserError
+from moe.inference import native
+from moe.inference.native import Stepped
 from moe.layers.cache import LatentCache
-from moe.model import Routings, Transformer
+from moe.model import Transformer
 
 
 class Generated(NamedTuple):
@@ -91,13 +93,13 @@ def _decode(
     logprobs: list[list[float]] = [[] for _ in prompts]
     record = _Record(batch, max(map(len, prompts), default=0) + max_new_tokens) if keep_routings else None
     if not batch or max_new_tokens == 0:
-        return Generated(tokens, logprobs, record.experts if record else None)
-    last, cache = _prefill(model, prompts, max_new_tokens, record)
-    head = ops.for_few_rows(model.head.weight)
+        return Generated(tokens, logprobs, record.experts(0) if record else None)
+    now, cache = _prefill(model, prompts, max_new_tokens, record)
+    take_step = native.stepper(model, cache, keep_routings) or _Stepper(model, cache)
     active, rows = list(range(batch)), torch.arange(batch, device=device)
     for step in range(max_new_tokens):
-        chosen, logp = _sample(F.linear(last, head).float(), sampling, step)
-        for i, token, lp in zip(active, chosen.tolist(), logp.tolist(), strict=True):
+        drawn, logp = _draw(now, sampling, step)
+        for i, token, lp in zip(active, drawn, logp, strict=True):
             if math.isnan(lp):
                 raise UserError(f"prompt {i}: the model's logits are not finite at token {step}; check its weights")
             tokens[i].append(token)
@@ -110,35 +112,48 @@ def _decode(
         if len(going) < len(active):  # finished sequences leave the batch
             kept = torch.tensor(going, device=device)
             cache.keep(kept)
-            active = [active[row] for row in going]
-            rows, chosen, sampling = rows[kept], chosen[kept], sampling._replace(keys=sampling.keys[kept])
-        with _light_products(len(active) == 1):
-            hidden, routings = model.encode(chosen.unsqueeze(1), cache=cache)
+            active, drawn = [active[row] for row in going], [drawn[row] for row in going]
+            rows, sampling = rows[kept], sampling._replace(keys=sampling.keys[kept])
+        now = take_step(drawn)
         if record:
-            record.write(routings, rows, cache.positions(1))
+            record.write(now.experts, rows, cache.lengths)
         cache.advance(1)
-        last = hidden[:, -1]
-    return Generated(
-        tokens, logprobs, record.cut(max(len(p) + len(t) for p, t in zip(prompts, tokens))) if record else None
-    )
+    longest = max(len(p) + len(t) for p, t in zip(prompts, tokens))
+    return Generated(tokens, logprobs, record.experts(longest) if record else None)
 
 
 def _prefill(
     model: Transformer, prompts: list[list[int]], room: int, record: _Record | None
-) -> tuple[Tensor, LatentCache]:
-    """-> state of each prompt's last token [B, D], and the cache, with room for as many new tokens."""
+) -> tuple[Stepped, LatentCache]:
+    """-> logits after each prompt's last token [B, V], and the cache, with room for as many new tokens."""
     weight, longest = model.embed.weight, max(map(len, prompts))
     padded = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=weight.device)
     lengths = torch.tensor([len(p) for p in prompts], device=weight.device)
-    places = torch.arange(longest, device=weight.device).expand_as(padded)
-    mask = places < lengths.unsqueeze(1)
+    mask = torch.arange(longest, device=weight.device) < lengths.unsqueeze(1)
     cache = LatentCache.for_model(model.config, len(prompts), longest + room, dtype=weight.dtype, device=weight.device)
     hidden, routings = model.encode(padded, mask=mask, cache=cache)
     rows = torch.arange(len(prompts), device=weight.device)
+    experts = {name: routing.experts for name, routing in routings.items()}
     if record:
-        record.write(routings, rows, places, mask)
+        record.write(experts, rows, cache.lengths, mask)
     cache.advance(lengths)
-    return hidden[rows, lengths - 1], cache
+    last = hidden[rows, lengths - 1]
+    return Stepped(F.linear(last, model.head.weight).float(), last, experts), cache
+
+
+class _Stepper:
+    """`native.Stepper` by PyTorch, for any model and device."""
+
+    def __init__(self, model: Transformer, cache: LatentCache) -> None:
+        self.model, self.cache, self.head = model, cache, ops.for_few_rows(model.head.weight)
+
+    def __call__(self, ids: list[int]) -> Stepped:
+        tokens = torch.tensor(ids, device=self.head.device).view(len(self.cache.lengths), -1)
+        with _light_products(len(ids) == 1):
+            hidden, routings = self.model.encode(tokens, cache=self.cache)
+        last = hidden.flatten(0, 1)
+        experts = {name: routing.experts for name, routing in routings.items()}
+        return Stepped(F.linear(last, self.head).float(), last, experts)
 
 
 @contextmanager
@@ -154,27 +169,44 @@ def _light_products(wanted: bool) -> Iterator[None]:
 
 
 class _Record:
-    """Expert choices by layer, int16 [B, S, K], -1 where nothing was routed."""
+    """Expert choices of all steps, put in their places at the end: one call a layer."""
 
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
-        self.experts: dict[str, Tensor] = {}
+        self.steps: list[tuple[dict[str, Tensor], Tensor, Tensor | None]] = []
 
-    def write(self, routings: Routings, rows: Tensor, places: Tensor, mask: Tensor | None = None) -> None:
-        """Choices [b, T, K] of sequences `rows` [b] at `places` [b, T]; mask [b, T]: False was not routed."""
-        for name, routing in routings.items():
-            chosen = routing.experts.to(torch.int16)
-            if name not in self.experts:
-                self.experts[name] = chosen.new_full((self.batch, self.capacity, chosen.shape[-1]), -1)
-            if mask is not None:
-                chosen = chosen.masked_fill(~mask.unsqueeze(-1), -1)
-            self.experts[name][rows.unsqueeze(1), places] = chosen
+    def write(self, chosen: dict[str, Tensor], rows: Tensor, starts: Tensor, mask: Tensor | None = None) -> None:
+        """Choices [b, T, K] of sequences `rows` [b] from places `starts` [b] on; mask [b, T]: False was not routed."""
+        if chosen:
+            time = next(iter(chosen.values())).shape[1]
+            places = (rows * self.capacity + starts).unsqueeze(1) + torch.arange(time, device=rows.device)
+            self.steps.append((chosen, places, mask))
 
-    def cut(self, length: int) -> dict[str, Tensor]:
-        return {name: chosen[:, :length] for name, chosen in self.experts.items()}
+    def experts(self, length: int) -> dict[str, Tensor]:
+        """By layer name, int16 [B, length, K], -1 where nothing was routed."""
+        if not self.steps:
+            return {}
+        places = torch.cat([p.flatten() if mask is None else p[mask] for _, p, mask in self.steps])
+        made = {}
+        for name in self.steps[0][0]:
+            ids = torch.cat(
+                [(c[name].flatten(0, 1) if m is None else c[name][m]).to(torch.int16) for c, _, m in self.steps]
+            )
+            held = ids.new_full((self.batch * self.capacity, ids.shape[1]), -1)
+            held[places] = ids
+            made[name] = held.view(self.batch, self.capacity, -1)[:, :length]
+        return made
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def _draw(now: Stepped, sampling: Sampling, step: int) -> tuple[list[int], list[float]]:
+    """Ids and their log-probabilities, one a sequence."""
+    if sampling.temperature == 0 and now.best is not None:
+        return now.best, now.logprobs
+    chosen, logp = _sample(now.logits, sampling, step)
+    return chosen.tolist(), logp.tolist()
 
 
 def _sample(logits: Tensor, sampling: Sampling, step: int) -> tuple[Tensor, Tensor]:

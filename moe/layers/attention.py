@@ -110,10 +110,10 @@ class MLA(nn.Module):
             return self._absorbed(x, cos, sin, cache, layer)
         return self._expanded(x, cos, sin, segment_ids, cache, layer)
 
-    def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., D] -> nope and rope channels [..., H, .] of each head, not rotated yet."""
+    def _query(self, x: Tensor) -> Tensor:
+        """[..., D] -> nope and rope channels [..., H, nope + R] of each head, not rotated yet."""
         q = self.q_b(self.q_a_norm(self.q_a(x))) if self.q_lora_rank else self.q(x)
-        return q.view(*x.shape[:-1], self.heads, self.nope + self.rope).split_with_sizes([self.nope, self.rope], -1)
+        return q.view(*x.shape[:-1], self.heads, self.nope + self.rope)
 
     def _latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] -> c_kv [..., C] and the shared rotary key [..., 1, R], not rotated yet."""
@@ -131,14 +131,17 @@ class MLA(nn.Module):
     ) -> Tensor:
         """Tokens attend to themselves alone; an empty cache keeps their latents."""
         batch, time, _ = x.shape
-        (q_nope, q_rope), (c_kv, k_rope) = self._query(x), self._latent(x)
-        q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
+        q, (c_kv, k_rope) = self._query(x), self._latent(x)
+        kv = self.kv_b(c_kv).view(batch, time, self.heads, self.nope + self.v)
         if cache is not None:
-            cache.write(layer, c_kv, k_rope.squeeze(2))
-        k_nope, v = self.kv_b(c_kv).view(batch, time, self.heads, self.nope + self.v).split([self.nope, self.v], -1)
-        q = torch.cat((q_nope, q_rope), -1)
-        k = torch.cat((k_nope, k_rope.expand(-1, -1, self.heads, -1)), -1)
-        o = ops.attention(q, k, v, self.scale, segment_ids)
+            cache.write(layer, c_kv, rotate(k_rope, cos, sin).squeeze(2))
+        if ops.path_for(q) == "native":
+            o = ops.latent_attention(q, kv, k_rope.squeeze(2), cos, sin, self.scale, segment_ids)
+        else:
+            (q_nope, q_rope), (k_nope, v) = q.split([self.nope, self.rope], -1), kv.split([self.nope, self.v], -1)
+            q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
+            k = torch.cat((k_nope, rotate(k_rope, cos, sin).expand(-1, -1, self.heads, -1)), -1)
+            o = ops.attention(q, k, v, self.scale, segment_ids)
         return self.o(o.reshape(batch, time, self.heads * self.v))
 
     @torch.no_grad()

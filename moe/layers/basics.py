@@ -10,7 +10,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import ops
@@ -49,8 +48,7 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(ops.swiglu(self.w13(x)))
 
 
 class Rotary:

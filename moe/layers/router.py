@@ -85,19 +85,11 @@ class Router(nn.Module):
         routers that look at tokens; this one does not.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):  # it would undo the widening
-            logits = F.linear(tokens.to(wide), self.weight.to(wide))
+            logits = ops.router_logits(tokens, self.weight)
         aux = self.training and (self.seq_aux_alpha > 0 or self.batch_aux_alpha > 0)
-        by_kernel = replay is None and self._own_choice() and ops.path_for(x) == "triton"
-        s = self._affinities(logits) if keep_scores or aux or not by_kernel else None
-        if by_kernel:  # affinities exist in registers only
-            chosen, gates, counts = ops.route(
-                logits, self.bias, self.k, self.n_group, self.topk_group, self.scoring_func, self.norm, self.scaling,
-                None if mask is None else mask.reshape(-1),
-            )  # fmt: skip
-        else:
-            chosen, gates, counts = self._route(s, mask, replay)
+        kernel = self._kernel(x, logits, replay)
+        chosen, gates, counts, s = self._decide(logits, mask, replay, kernel, keep_scores or aux)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if self.training:
@@ -107,12 +99,37 @@ class Router(nn.Module):
                 losses["batch_aux"] = self.batch_aux_alpha * self._sequence_loss(s, s.shape, mask)
             every = max(1, tokens.shape[0] // SAMPLE)
             seen = self._affinities(logits.detach()[::every]) if s is None else s.detach()[::every]
-            stats = self._health(seen, chosen[::every])
+            free = None
+            if kernel == "native":
+                free = ops.route(logits.detach()[::every], torch.zeros_like(self.bias), *self._rule())[0]
+            stats = self._health(seen, chosen[::every], free)
         shape = x.shape[:-1]
         return Routing(
             chosen.view(*shape, self.k), gates.view(*shape, self.k), counts, losses, stats,
             s.view(*shape, self.n_experts) if keep_scores else None,
         )  # fmt: skip
+
+    def _kernel(self, x: Tensor, logits: Tensor, replay: Tensor | None) -> str:
+        """triton or native, where one of them decides; else nothing."""
+        if replay is not None or not self._own_choice():
+            return ""
+        path = ops.path_for(logits if x.device.type == "cpu" else x)  # no GPU is checked in fp32 just for this
+        return path if path in ("triton", "native") else ""
+
+    def _rule(self) -> tuple[int, int, int, str, bool, float]:
+        return self.k, self.n_group, self.topk_group, self.scoring_func, self.norm, self.scaling
+
+    def _decide(
+        self, logits: Tensor, mask: Tensor | None, replay: Tensor | None, kernel: str, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[N, E] logits -> [N, K] ids, [N, K] gates, [E] counts, [N, E] affinities or, unless kept, perhaps None."""
+        valid = None if mask is None else mask.reshape(-1)
+        if kernel == "native" and keep:
+            return ops.route_scored(logits, self.bias, *self._rule(), valid)
+        s = self._affinities(logits) if keep or not kernel else None
+        if kernel:  # affinities exist in registers only
+            return *ops.route(logits, self.bias, *self._rule(), valid), s
+        return *self._route(s, mask, replay), s
 
     def _own_choice(self) -> bool:
         """No variant says otherwise: only this class's rule has a kernel."""
@@ -168,6 +185,10 @@ class Router(nn.Module):
     def _sequence_loss(self, s: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
         """Equations 17-20, averaged over sequences; f from unbiased, ungrouped top-k and without gradient."""
         rows, time = (shape[0], shape[1]) if len(shape) == 3 else (1, s.shape[0])
+        if ops.path_for(s) == "native":
+            return ops.sequence_loss(
+                s.view(rows, time, self.n_experts), self.k, None if mask is None else mask.reshape(rows, time)
+            )
         top = s.detach().topk(self.k, -1, sorted=False).indices
         one = torch.ones_like(top, dtype=s.dtype)
         valid = s.new_ones(rows, time) if mask is None else mask.reshape(rows, time).to(s.dtype)
@@ -183,11 +204,14 @@ class Router(nn.Module):
         share = torch.bmm(s, f.unsqueeze(-1)).squeeze(-1) / s.sum(-1)
         return ((share * valid).sum(1) / length).mean()
 
-    def _health(self, s: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Sums over a sample of routed tokens, [n, E] affinities and [n, K] ids: see Routing.stats."""
+    def _health(self, s: Tensor, chosen: Tensor, free: Tensor | None = None) -> dict[str, Tensor]:
+        """Sums over a sample of routed tokens, [n, E] affinities and [n, K] ids: see Routing.stats.
+
+        free [n, K]: what the affinities alone would choose, if somebody knows it already.
+        """
         live = (chosen[:, 0] >= 0) & (chosen[:, 0] < self.n_experts)
         top = s.topk(min(2, self.n_experts), -1).values
-        free = self.choose(s, torch.zeros_like(self.bias))  # what the affinities alone would choose
+        free = self.choose(s, torch.zeros_like(self.bias)) if free is None else free
         kept = (free.unsqueeze(2) == chosen.unsqueeze(1)).any(2).sum(1)
         return {
             "tokens": live.sum(),

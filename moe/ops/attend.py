@@ -1,6 +1,6 @@
 """Causal attention as one op: [B, T, H, .] queries, keys and values of unequal widths.
 
-CPUs have a kernel of blocks with a written-out backward pass; on GPUs backends.py chooses, and `documents` makes once
+CPUs have native kernels, or blocks in PyTorch with a written-out backward pass; on GPUs backends.py chooses, and `documents` makes once
 a batch what all layers need to keep packed documents apart.
 """
 
@@ -14,7 +14,7 @@ from moe.kernels import reference
 from moe.ops import fused
 from moe.ops.backends import backend_for
 from moe.ops.fused import Documents
-from moe.ops.paths import selected, wants_grad
+from moe.ops.paths import path_for, selected, wants_grad
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | Documents | None = None) -> Tensor:
@@ -30,6 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
     ids = segment_ids.ids if isinstance(segment_ids, Documents) else segment_ids
     if selected() == "reference":
         return reference.attention(q, k, v, scale, ids)
+    if path_for(q) == "native":
+        return _native(q, k, v, scale, ids)[0]
     backend = backend_for(q.device, q.dtype, q.shape[3], v.shape[3], ids is not None) if v.numel() else "blocks"
     if backend == "blocks":
         if wants_grad(q, k, v):
@@ -85,3 +87,44 @@ def _attention_grad(ctx, do, dp):
 
 
 _attention.register_autograd(_attention_grad, setup_context=_attention_setup)
+
+
+@torch.library.custom_op("moe::attention_native", mutates_args=())
+def _native(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    from moe.kernels.native import attention as native
+
+    return native.attention_forward(q, k, v, scale, segment_ids)
+
+
+@_native.register_fake
+def _(q, k, v, scale, segment_ids):
+    b, t, h, _ = q.shape
+    return v.new_empty(v.shape), v.new_empty(b, h, t, dtype=torch.float32)
+
+
+@torch.library.custom_op("moe::attention_native_backward", mutates_args=())
+def _native_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, segment_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moe.kernels.native import attention as native
+
+    return native.attention_backward(do, q, k, v, o, lse, scale, segment_ids)
+
+
+@_native_backward.register_fake
+def _(do, q, k, v, o, lse, scale, segment_ids):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _native_setup(ctx, inputs, output):
+    q, k, v, ctx.scale, segment_ids = inputs
+    ctx.save_for_backward(q, k, v, *output, segment_ids)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _native_grad(ctx, do, _):
+    *kept, segment_ids = ctx.saved_tensors
+    return *_native_backward(do, *kept, ctx.scale, segment_ids), None, None
+
+
+_native.register_autograd(_native_grad, setup_context=_native_setup)

@@ -1,7 +1,7 @@
 """Routed SwiGLU experts as ops: for tokens with ids, and for rows that stand in expert order already.
 
-The Triton and the PyTorch path are ops of their own, since they keep other things for the backward pass; which one
-answers is settled outside (paths.py), so compilers see one node. Kept a token, Triton, bf16: 2D bytes of x, 4FK of z
+The Triton, the native and the PyTorch path are ops of their own, since they keep other things for the backward pass;
+which one answers is settled outside (paths.py), so compilers see one node. Kept a token, Triton, bf16: 2D bytes of x, 4FK of z
 (none with `recompute_z`), 12K of order and gates.
 
     N tokens, D model, E experts, K choices, F expert width, M rows
@@ -44,6 +44,8 @@ def experts(x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, 
         return reference.experts(x, w13, w2, experts, gates)
     if path == "triton":
         return _triton(x, w13, w2, experts, gates, recompute_z)[0]
+    if path == "native":
+        return _native(x, w13, w2, experts, gates, not recompute_z and wants_grad(x, w13, w2, gates))[0]
     if not wants_grad(x, w13, w2, gates) and eager.experts_are_few(w13, w2, experts.numel()):
         return eager.experts_of_few(x, w13, w2, experts, gates)
     return _experts(x, w13, w2, experts, gates, recompute_z)[0]
@@ -68,7 +70,7 @@ def grouped_swiglu(
     path = path_for(rows)
     if path == "reference":
         return reference.grouped_swiglu(rows, w13, w2, ends, row_gates)
-    op = _triton_rows if path == "triton" else _rows
+    op = {"triton": _triton_rows, "native": _native_rows, "torch": _rows}[path]
     return op(rows, w13, w2, ends, row_gates, recompute_z)[0]
 
 
@@ -221,6 +223,62 @@ def _triton_grad(ctx, dy, *_):
 _triton.register_autograd(_triton_grad, setup_context=_triton_setup)
 
 
+@torch.library.custom_op("moe::experts_native", mutates_args=())
+def _native(
+    x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, keep_z: bool
+) -> tuple[Tensor, Tensor]:
+    from moe.kernels.native import experts as native
+
+    return native.experts_forward(x, w13, w2, experts, gates, keep_z)
+
+
+@_native.register_fake
+def _(x, w13, w2, experts, gates, keep_z):
+    return x.new_empty(x.shape), x.new_empty(experts.numel() if keep_z else 0, w13.shape[1])
+
+
+@torch.library.custom_op("moe::experts_native_backward", mutates_args=())
+def _native_backward(
+    dy: Tensor, x: Tensor, w13: Tensor, w2: Tensor, experts: Tensor, gates: Tensor, z: Tensor, weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe.kernels.native import experts as native
+
+    return native.experts_backward(dy, x, w13, w2, experts, gates, z, weights)
+
+
+@_native_backward.register_fake
+def _(dy, x, w13, w2, experts, gates, z, weights):
+    return _empty(x, w13, w2, gates, weights)
+
+
+def _native_grad(ctx, dy, dz):
+    x, w13, w2, ids, gates, z = ctx.saved_tensors
+    dx, dw13, dw2, dgates = _native_backward(dy, x, w13, w2, ids, gates, z, _trained(ctx))
+    return dx, dw13, dw2, None, dgates, None
+
+
+_native.register_autograd(_native_grad, setup_context=_experts_setup)
+
+
+@torch.library.custom_op("moe::grouped_swiglu_native", mutates_args=())
+def _native_rows(
+    rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, recompute_z: bool
+) -> tuple[Tensor, Tensor]:
+    from moe.kernels.native import experts as native
+
+    y, z = native.rows_forward(rows, w13, w2, ends, row_gates, keep_z=not recompute_z)
+    return y, z.new_empty(0) if recompute_z else z
+
+
+@torch.library.custom_op("moe::grouped_swiglu_native_backward", mutates_args=())
+def _native_rows_backward(
+    dy: Tensor, rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, z: Tensor, weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe.kernels.native import experts as native
+
+    return native.rows_backward(dy, rows, w13, w2, ends, row_gates, z, weights)
+
+
 @torch.library.custom_op("moe::grouped_swiglu_triton", mutates_args=())
 def _triton_rows(
     rows: Tensor, w13: Tensor, w2: Tensor, ends: Tensor, row_gates: Tensor, recompute_z: bool
@@ -240,7 +298,7 @@ def _triton_rows_backward(
 
 
 def _register_rows(forward, backward) -> None:
-    """Both paths of `grouped_swiglu` keep the same things."""
+    """All paths of `grouped_swiglu` keep the same things."""
 
     @forward.register_fake
     def _(rows, w13, w2, ends, row_gates, recompute_z):
@@ -263,3 +321,4 @@ def _register_rows(forward, backward) -> None:
 
 _register_rows(_rows, _rows_backward)
 _register_rows(_triton_rows, _triton_rows_backward)
+_register_rows(_native_rows, _native_rows_backward)

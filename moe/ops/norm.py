@@ -15,12 +15,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., D], [D] -> [..., D]: x / sqrt(mean(x^2) + eps) * weight, computed in fp32 or wider."""
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} ends in another width than weight {tuple(weight.shape)}")
-    if path_for(x) == "reference":
+    path = path_for(x)
+    if path == "reference":
         return reference.rms_norm(x, weight, eps)
     if x.device.type == "cpu":  # the library's own takes five passes and keeps two fp32 copies there
-        if wants_grad(x, weight) or x.numel() > SMALL:
-            return _rms_norm(x, weight, eps)[0]
-        return cpu.rms_norm_of_few(x, weight, eps)
+        if not wants_grad(x, weight) and x.numel() <= SMALL:
+            return cpu.rms_norm_of_few(x, weight, eps)
+        op = _native if path == "native" and x.dtype == weight.dtype else _rms_norm
+        return op(x, weight, eps)[0]
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -32,32 +34,49 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return cpu.rms_norm_forward(x, weight, eps)
 
 
-@_rms_norm.register_fake
-def _(x, weight, eps):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
-
-
 @torch.library.custom_op("moe::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return cpu.rms_norm_backward(dy, x, weight, r)
 
 
-@_rms_norm_backward.register_fake
-def _(dy, x, weight, r):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+@torch.library.custom_op("moe::rms_norm_native", mutates_args=())
+def _native(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from moe.kernels.native import norm as native
+
+    return native.rms_norm_forward(x, weight, eps)
 
 
-def _rms_norm_setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+@torch.library.custom_op("moe::rms_norm_native_backward", mutates_args=())
+def _native_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    from moe.kernels.native import norm as native
+
+    return native.rms_norm_backward(dy, x, weight, r)
 
 
-def _rms_norm_grad(ctx, dy, dr):
-    dx, dw = _rms_norm_backward(dy, *ctx.saved_tensors)
-    return dx, dw, None
+def _register(forward, backward) -> None:
+    """Both paths keep the same things."""
+
+    @forward.register_fake
+    def _(x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+
+    @backward.register_fake
+    def _(dy, x, weight, r):
+        return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+    def grad(ctx, dy, dr):
+        dx, dw = backward(dy, *ctx.saved_tensors)
+        return dx, dw, None
+
+    forward.register_autograd(grad, setup_context=setup)
 
 
-_rms_norm.register_autograd(_rms_norm_grad, setup_context=_rms_norm_setup)
+_register(_rms_norm, _rms_norm_backward)
+_register(_native, _native_backward)
 
 
 def for_few_rows(weight: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Which implementation answers an op: the choice of the user, and what this machine can do.
 
     reference   loops, the oracle                     torch    PyTorch, right on any device
-    triton      kernels/*.py on a GPU                 auto     triton on a GPU where it works, else torch
+    triton      kernels/*.py on a GPU                 native   kernels/native/*.cpp on a CPU, fp32 and bf16
+    auto        triton on a GPU and native on a CPU where they work, else torch
 
-MOE_OPS wins over `select()`, which recipes call with `train.ops`. Before the Triton path answers for the first time on
-a device and dtype it must agree with the oracle (kernels/selftest.py). Where it does not, `auto` goes to torch with one
-warning, and `triton` is an error. What no Triton kernel is written for (attention, norms, the head) is answered by torch.
+MOE_OPS wins over `select()`, which recipes call with `train.ops`. Before kernels answer for the first time on a device and
+dtype they must agree with the oracle (kernels/selftest.py, kernels/native/selftest.py). Where they do not, `auto` goes to
+torch with one warning, and a path that was demanded is an error. `auto` without a compiled library goes to torch too; a
+run's header says so (`answer`). What a path has no kernel for is answered by torch.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from moe.config import UserError, nearest
 
-PATHS = ("auto", "reference", "torch", "triton")
+PATHS = ("auto", "reference", "torch", "triton", "native")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 _selected = "auto"
-_verdicts: dict[tuple[str, int | None, torch.dtype], str] = {}  # "" where the kernels agree with the oracle
+_verdicts: dict[tuple[str, int | None, torch.dtype], str] = {}  # "" where the Triton kernels agree with the oracle
+_native_verdicts: dict[tuple[str, torch.dtype], str] = {}
 
 
 def select(path: str) -> None:
@@ -33,8 +37,10 @@ def select(path: str) -> None:
     if path not in PATHS:
         raise UserError(f"train.ops={path!r} is not one of {list(PATHS)}{nearest(path, PATHS)}")
     _selected = path
-    if selected() == "triton" and (why := _unable()):  # told now, not in the first layer
-        raise UserError(f"{'MOE_OPS' if os.environ.get('MOE_OPS') else 'train.ops'}=triton: {why}; use auto or torch")
+    if (demanded := selected()) in ("triton", "native"):  # told now, not in the first layer
+        if why := _unable() if demanded == "triton" else _no_library():
+            knob = "MOE_OPS" if os.environ.get("MOE_OPS") else "train.ops"
+            raise UserError(f"{knob}={demanded}: {why}; use auto or torch")
 
 
 def selected() -> str:
@@ -46,14 +52,30 @@ def selected() -> str:
 
 
 def path_for(x: Tensor) -> str:
-    """reference, torch or triton: what answers for tensors of the device and dtype of `x`."""
+    """reference, torch, triton or native: what answers for tensors of the device and dtype of `x`."""
     path = selected()
     if path == "auto":
-        if not x.is_cuda or x.dtype not in KERNEL_DTYPES:
-            return "torch"
-        return "torch" if _verdict(x.device.type, x.device.index, x.dtype) else "triton"
+        if x.is_cuda and x.dtype in KERNEL_DTYPES:
+            return "torch" if _verdict(x.device.type, x.device.index, x.dtype) else "triton"
+        if x.device.type == "cpu" and x.dtype in NATIVE_DTYPES:
+            return "torch" if _native_verdict(x.device.type, x.dtype) else "native"
+        return "torch"
     if path == "triton" and (why := _verdict(x.device.type, x.device.index, x.dtype)):
         raise UserError(f"ops=triton was demanded: {why}; use auto or torch")
+    if path == "native" and (why := _native_verdict(x.device.type, x.dtype)):
+        raise UserError(f"ops=native was demanded: {why}; use auto or torch")
+    return path
+
+
+def answer(device: torch.device, dtype: torch.dtype) -> str:
+    """`path_for` such tensors, in words for the header of a run: which level of the native kernels, or why none."""
+    path = path_for(torch.empty(0, device=device, dtype=dtype))
+    if path == "native":
+        from moe.kernels.native import library
+
+        return f"native, {library.level()}"
+    if path == "torch" and selected() == "auto" and device.type == "cpu" and dtype in NATIVE_DTYPES:
+        return f"torch, the slower path: {_native_verdict(device.type, dtype)}"
     return path
 
 
@@ -85,6 +107,16 @@ def _unable() -> str:
     return ""
 
 
+def _no_library() -> str:
+    """Why the native kernels are not there, or nothing."""
+    from moe.kernels.native import library
+
+    try:
+        return library.status()
+    except ValueError as error:
+        raise UserError(f"{error}; unset it, or name one of these") from None
+
+
 def _verdict(kind: str, index: int | None, dtype: torch.dtype) -> str:
     """Why the Triton path cannot answer here, or nothing; looked into once, and told once."""
     key = kind, index, dtype
@@ -104,5 +136,28 @@ def _verdict(kind: str, index: int | None, dtype: torch.dtype) -> str:
     return _verdicts[key]
 
 
-# Compilers call it and take the answer for a constant; torch.compiler's decorator for this would load them at import.
+def _native_verdict(kind: str, dtype: torch.dtype) -> str:
+    """Why the native kernels cannot answer here, or nothing; looked into once. A library that fails us is told once."""
+    key = kind, dtype
+    if key not in _native_verdicts:
+        from moe.kernels.native import library
+
+        if kind != "cpu":
+            why = f"the native kernels run on CPUs, not on {kind}"
+        elif dtype not in NATIVE_DTYPES:
+            why = f"there are no native kernels for {dtype}"
+        elif not (why := _no_library()):
+            from moe.kernels.native import selftest
+
+            with undisturbed():
+                wrong = selftest.disagreement(dtype)
+            why = f"the native kernels disagree with their reference for {dtype}: {wrong}" if wrong else ""
+        if why and selected() == "auto" and library.exists():
+            warnings.warn(f"the slower PyTorch path answers: {why}", RuntimeWarning, stacklevel=2)
+        _native_verdicts[key] = why
+    return _native_verdicts[key]
+
+
+# Compilers call them and take the answer for a constant; torch.compiler's decorator for this would load them at import.
 _verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_native_verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]

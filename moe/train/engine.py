@@ -30,7 +30,7 @@ from moe.config import OptimConfig, TrainConfig
 from moe.layers.experts import Experts
 from moe.layers.precision import use_fp8
 from moe.parallel import Ranks
-from moe.train.optim import adamw, learning_rate
+from moe.train.optim import adamw, learning_rate, one_pass
 
 
 def build(objective: nn.Module, optim: OptimConfig, train: TrainConfig, ranks: Ranks) -> Engine:
@@ -69,6 +69,7 @@ class Engine:
             self.objective.to(torch.bfloat16)  # router biases stay fp32 (Router._apply)
             self.parameters = list(self.objective.parameters())
         self.optimizer = adamw(self.masters, optim)
+        self.one_pass = ops.path_for(self.masters[0]) == "native"
         self.forward = torch.compile(self.objective) if train.compile else self.objective
 
     @property
@@ -77,9 +78,14 @@ class Engine:
 
     def forward_backward(self, *batch: Any) -> Any:
         """One micro-batch through the objective; its gradients join those of the step. -> what the objective gave."""
+        self._add_up()
         losses = self.forward(*batch)
         losses.loss.backward()
-        if self.mixed:  # sums in fp32: bf16 would drop small contributions
+        return losses
+
+    def _add_up(self) -> None:
+        """The working copy's gradients join the sums in fp32: bf16 would drop small contributions."""
+        if self.mixed:
             for master, p in zip(self.masters, self.parameters, strict=True):
                 if p.grad is None:
                     continue
@@ -88,20 +94,28 @@ class Engine:
                 else:
                     master.grad += p.grad
                 p.grad = None
-        return losses
+
+    def _gradients(self) -> list[Tensor]:
+        """Of this step, between `reduce` and `step`: the sums, or what a single pass of a single rank left."""
+        return [p.grad if m.grad is None else m.grad for m, p in zip(self.masters, self.parameters, strict=True)]
 
     def gradients(self) -> dict[str, Tensor | None]:
         """This step's summed gradients by parameter name, between `reduce` and `step`; all ranks call it together."""
-        return {n.removeprefix("model."): m.grad for n, m in zip(self.named, self.masters, strict=True)}
+        return {n.removeprefix("model."): g for n, g in zip(self.named, self._gradients(), strict=True)}
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
         """Sum the gradients over ranks -> their global norm, the same on every rank."""
-        for p in self.masters:
-            if p.grad is None:  # a parameter that no micro-batch used still takes part in every collective
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.masters]
+        summed = any(master.grad is not None for master in self.masters)
+        if summed or self.ranks.world > 1 or not self.one_pass:  # else the optimizer takes them as they are
+            self._add_up()
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            if master.grad is None and p.grad is None:  # what no micro-batch used still takes part in every collective
+                master.grad = torch.zeros_like(master)
+        grads = self._gradients()
         self.ranks.all_reduce(grads)
+        if self.one_pass:
+            return torch.tensor(math.fsum(map(ops.square_sum, grads)), dtype=torch.float64).sqrt()
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double())
 
     @torch.no_grad()
@@ -117,6 +131,9 @@ class Engine:
         return finite
 
     def _update(self, scale: float) -> None:
+        if self.one_pass:
+            copies = self.parameters if self.mixed else None
+            return one_pass(self.optimizer, self.masters, self._gradients(), copies, scale)
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in self.masters], scale)
         self.optimizer.step()
@@ -125,6 +142,8 @@ class Engine:
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resume needs, flat, on rank 0 (others: {}); all ranks call it together.

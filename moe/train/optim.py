@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe import ops
 from moe.config import OptimConfig, UserError, nearest
 
 
@@ -24,6 +25,28 @@ def adamw(parameters: list[Tensor], c: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
     )
+
+
+@torch.no_grad()
+def one_pass(
+    optimizer: torch.optim.AdamW, parameters: list[Tensor], gradients: list[Tensor], copies: list[Tensor] | None,
+    scale: float = 1.0,
+) -> None:  # fmt: skip
+    """`optimizer.step()` by ops.adamw, for gradients that need not be fp32 and are multiplied by `scale` on the way.
+
+    copies: the bf16 working copy, written too. State and groups stay torch's, so either step can follow the other.
+    """
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+        group, state = group_of[id(p)], optimizer.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        ops.adamw(
+            p, g, state["exp_avg"], state["exp_avg_sq"], copies[i] if copies else None, int(state["step"]), group["lr"],
+            *group["betas"], group["eps"], group["weight_decay"], scale,
+        )  # fmt: skip
 
 
 def v3(progress: float, final: float) -> float:

@@ -215,6 +215,7 @@ def test_a_block_compiles_into_one_graph(small):
         (["train.precision=fp8", "train.fp8_scales=pow2"], ["train.fp8_scales='pow2'", "power_of_two"]),
         (["train.precision=bf16", "train.fp8_scales=float"], ["train.fp8_scales=float", "train.precision=fp8"]),
         (["train.precision=fp8", "train.ops=triton"], ["train.ops=triton", "train.precision=fp8", "train.ops=auto"]),
+        (["train.precision=fp8", "train.ops=native"], ["train.ops=native", "train.precision=fp8", "train.ops=auto"]),
     ],
 )
 def test_a_wrong_choice_is_told_in_one_line(arguments, words):

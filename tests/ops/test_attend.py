@@ -57,7 +57,8 @@ def test_attention_longer_than_a_block_agrees_with_whole_scores(agree, packed, t
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("time", [1, 128, 300])
-def test_attention_without_gradients_gives_the_same_numbers_and_keeps_no_probabilities(packed, time):
+def test_attention_without_gradients_gives_the_same_numbers_and_keeps_no_probabilities(ops_path, packed, time):
+    ops_path("torch")
     q, k, v = attention_inputs(2, time, 2, 5, 3, F32)
     segments = segments_of(2, time) if packed else None
     quiet = cpu_attention.attention_forward(q, k, v, 0.3, segments, with_grad=False)

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 
 from moe import ops
 from moe.kernels import reference
+from moe.kernels.native import library
 from tests.op_cases import head_inputs, with_gradients
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+needs_native = pytest.mark.skipif(library.status() != "", reason=library.status())
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
@@ -83,3 +85,27 @@ def test_head_loss_survives_large_logits(agree):
     hidden = hidden * 300
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets, ignore_index=-1, reduction="sum")
     agree(ops.linear_cross_entropy(hidden, weight, targets), exact)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("n, chunk", [(13, 4), (1, 512), (0, 512)])
+def test_the_native_head_is_well_formed_and_agrees_with_pytorchs(agree, ops_path, dtype, n, chunk):
+    hidden, weight, targets = head_inputs(n, 6, 37, dtype)
+    found = []
+    for path in ("torch", "native"):
+        ops_path(path)
+        loss, gradients = with_gradients(
+            lambda h, w: ops.linear_cross_entropy(h, w, targets, chunk), (hidden, weight), torch.tensor(0.37), (0, 1)
+        )
+        found.append((loss, *gradients))
+        with torch.no_grad():
+            assert torch.equal(ops.linear_cross_entropy(hidden.requires_grad_(), weight, targets, chunk), loss)
+    for a, e in zip(*found):
+        assert a.dtype == e.dtype
+        agree(a, e, 1e-2 if dtype is BF16 and a.ndim == 0 else None, scale=0.37)
+    for with_grad in (True, False):
+        torch.library.opcheck(
+            torch.ops.moe.linear_cross_entropy_native.default,
+            (hidden.detach(), weight, targets, chunk, with_grad),
+        )

@@ -5,10 +5,12 @@ import torch
 
 from moe import ops
 from moe.kernels import reference
+from moe.kernels.native import library
 from moe.ops.norm import SMALL
 from tests.op_cases import with_gradients
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+needs_native = pytest.mark.skipif(library.status() != "", reason=library.status())
 
 
 def norm_inputs(layout, dtype):
@@ -77,3 +79,29 @@ def test_norm_is_well_formed_for_any_layout(layout):
     if layout != "nothing":
         assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (x, weight))
         torch.autograd.grad(ops.rms_norm(x, weight, 1e-6).sum(), (x, weight))  # an expanded upstream gradient
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("layout", NORMS)
+def test_the_native_norm_is_well_formed_and_agrees_with_pytorchs(agree, ops_path, layout, dtype):
+    x, weight = norm_inputs(layout, dtype)
+    upstream, found = torch.randn(x.shape).to(dtype), []
+    x.requires_grad_(), weight.requires_grad_()
+    for path in ("torch", "native"):
+        ops_path(path)
+        y = ops.rms_norm(x, weight, 0.1)
+        assert (type(y.grad_fn).__name__).count("native") == (path == "native")
+        found.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
+    for a, e in zip(*found):
+        assert a.dtype == e.dtype == dtype
+        agree(a, e, scale=0.02 if layout == "large" else 1.0)
+    if dtype is F32:
+        torch.library.opcheck(torch.ops.moe.rms_norm_native.default, (x, weight, 1e-6))
+
+
+@needs_native
+def test_a_weight_of_another_dtype_stays_with_pytorch(agree, ops_path):
+    ops_path("native")
+    x, weight = torch.randn(3, 8).to(BF16).requires_grad_(), torch.randn(8)
+    agree(ops.rms_norm(x, weight, 0.1), reference.rms_norm(x.double(), weight.double(), 0.1))

@@ -6,6 +6,7 @@ import torch
 from moe import ops
 from moe.config import UserError
 from moe.kernels import reference
+from moe.kernels.native import library, selftest
 from moe.ops import paths
 from tests.op_cases import attention_inputs, expert_inputs, head_inputs, ids_of, segments_of
 
@@ -109,3 +110,123 @@ def test_environment_wins_over_select_and_unknown_paths_are_refused(ops_path, mo
         ops.selected()
     with pytest.raises(UserError, match="train.ops='torhc'.*did you mean 'torch'"):
         ops.select("torhc")
+
+
+# --------------------------------------------------------------------------------------------- the native kernels' turn
+
+CPU, AGAIN = torch.device("cpu"), "built from other sources; `make native` builds them again"
+
+
+@pytest.fixture
+def native(monkeypatch, ops_path):
+    """native(missing="", wrong=""): a library in that state, met for the first time under `auto`."""
+
+    def state(missing="", wrong="", exists=True):
+        monkeypatch.setattr(paths, "_native_verdicts", {})
+        monkeypatch.setattr(library, "status", lambda: missing)
+        monkeypatch.setattr(library, "exists", lambda: exists)
+        monkeypatch.setattr(library, "level", lambda: "avx2")
+        checked = []
+        monkeypatch.setattr(selftest, "disagreement", lambda dtype: checked.append(dtype) or wrong)
+        ops_path("auto")
+        return checked
+
+    return state
+
+
+def test_native_kernels_that_agree_answer_on_cpus_for_the_dtypes_they_know(native, recwarn):
+    checked = native()
+    for _ in range(2):
+        assert [ops.path_for(torch.zeros(1, dtype=d)) for d in (F32, BF16)] == ["native", "native"]
+    assert checked == [F32, BF16]
+    assert [ops.path_for(torch.zeros(1, dtype=d)) for d in (F64, torch.float16)] == ["torch", "torch"]
+    assert ops.path_for(torch.zeros(1, device="meta")) == "torch"
+    assert paths.answer(CPU, F32) == "native, avx2" and paths.answer(CPU, F64) == "torch"
+    assert not recwarn
+
+
+def test_native_kernels_that_disagree_are_left_with_one_loud_warning(native):
+    native(wrong="dw2 off by 0.3 of its largest value")
+    with pytest.warns(RuntimeWarning, match="slower PyTorch path.*float32: dw2 off by 0.3") as seen:
+        assert [ops.path_for(torch.zeros(1)) for _ in range(3)] == ["torch"] * 3
+    assert len(seen) == 1
+    assert "dw2 off by 0.3" in paths.answer(CPU, F32)
+
+
+def test_no_library_is_no_reason_to_shout_but_the_header_says_why(native, recwarn):
+    checked = native("the native kernels were not built; `make native` builds them", exists=False)
+    assert ops.path_for(torch.zeros(1)) == "torch" and not checked and not recwarn
+    assert paths.answer(CPU, BF16).startswith("torch, the slower path: the native kernels were not built; `make native`")
+
+
+def test_a_stale_library_is_worth_a_warning_that_names_the_way_out(native):
+    native(f"the native kernels were {AGAIN}")
+    with pytest.warns(RuntimeWarning, match="other sources; `make native`"):
+        assert ops.path_for(torch.zeros(1)) == "torch"
+
+
+@pytest.mark.parametrize(
+    "state, x, words",
+    [
+        (dict(missing=f"they were {AGAIN}"), dict(), "other sources; `make native`.*auto or torch"),
+        (dict(wrong="y off by nan"), dict(), "disagree.*y off by nan.*auto or torch"),
+        (dict(), dict(dtype=F64), "no native kernels for torch.float64.*auto or torch"),
+        (dict(), dict(device="meta"), "run on CPUs, not on meta.*auto or torch"),
+    ],
+)
+def test_native_kernels_that_were_demanded_and_cannot_answer_are_an_error(native, ops_path, recwarn, state, x, words):
+    native(**state)
+    ops_path("native")
+    with pytest.raises(UserError, match=f"native was demanded: .*{words}"):
+        ops.path_for(torch.zeros(1, **x))
+    assert not recwarn
+
+
+def test_native_without_a_library_is_refused_when_it_is_selected(native, monkeypatch):
+    native(f"they were {AGAIN}")
+    monkeypatch.setattr(paths, "_selected", "auto")
+    monkeypatch.delenv("MOE_OPS")
+    with pytest.raises(UserError, match="train.ops=native: .*`make native`.*auto or torch"):
+        ops.select("native")
+
+
+@pytest.mark.parametrize("path", ["auto", "native"])
+def test_a_level_that_nobody_has_is_an_error_for_whoever_would_use_it(native, ops_path, monkeypatch, path):
+    def status():
+        raise ValueError("MOE_NATIVE_LEVEL='avx3' is not one of ['portable'], which run here")
+
+    native()
+    monkeypatch.setattr(library, "status", status)
+    ops_path(path)
+    with pytest.raises(UserError, match="MOE_NATIVE_LEVEL='avx3' is not one of.*unset it"):
+        ops.path_for(torch.zeros(1))
+    ops_path("torch")
+    assert ops.path_for(torch.zeros(1)) == "torch"
+
+
+@pytest.mark.skipif(library.status() != "", reason="there is no library")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_start_up_check_is_quick_passes_and_disturbs_nobody(dtype):
+    before = torch.get_rng_state()
+    with torch.inference_mode(), torch.device("meta"), paths.undisturbed():
+        assert selftest.disagreement(dtype) == ""
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(library.status() != "", reason="there is no library")
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+@pytest.mark.parametrize(
+    "module, name, at, word",
+    [("experts", "experts_backward", 2, "dw2 off by"), ("attention", "attention_backward", 1, "dk off by")],
+)
+def test_the_start_up_check_names_a_wrong_gradient(monkeypatch, module, name, at, word, wrong):
+    module = getattr(selftest, module)
+    backward = getattr(module, name)
+
+    def faulty(*args):
+        return [g * wrong if i == at else g for i, g in enumerate(backward(*args))]
+
+    monkeypatch.setattr(module, name, faulty)
+    assert word in selftest.disagreement(F32)
+    monkeypatch.setattr(module, name, lambda *_: 1 / 0)
+    assert selftest.disagreement(F32).startswith("ZeroDivisionError")

@@ -2,8 +2,10 @@
 
     python tools/bench/decode.py                              # shape R, fp32 and bf16, three settings: a few minutes
     python tools/bench/decode.py dtype=bf16 only=b1-c256 rounds=9
-    python tools/bench/decode.py parts=true                   # where our step's time goes
+    python tools/bench/decode.py shape=1.7B                   # against the memory bandwidth instead
+    python tools/bench/decode.py parts=true                   # where our step's time goes (MOE_OPS=torch: by PyTorch)
 
+Ours is measured by its native kernels, where they are built, and by its PyTorch path; MOE_OPS names one of them alone.
 Weights travel through moe.to_hf. All paths take turns in one process, a few greedy steps at a time, so that a machine
 whose speed drifts slows all of them alike: quote the ratios. Only steps after the first new token count; with one thread
 a step is CPU time, which holds even beside other work, with more it is wall time. Each path of transformers (attention,
@@ -11,7 +13,10 @@ experts, cache) is timed and the best one of each setting is what we are compare
 (moe.parallel.keep_memory); after a first round only the two fastest go on. Prompts are random ids, the same for all: a
 batch shares four contexts, which spares transformers' prefill, and each row has its own last token.
 
-    shape=R0|R|R2   dtype=fp32|bf16|both   only=b1-c256,b1-c2048,b32-c2048   threads=1   rounds=4   steps=32   parts=false
+shape=1.7B has no peer here (llama_cpp.py is one): random weights, made in bf16 right away. Bytes a token are those of the
+weights that it meets and of the latents before it; reading is torch's sum over a layer's experts, in the same turns.
+
+    shape=R0|R|R2|1.7B   dtype=fp32|bf16|both   only=b1-c256,b1-c2048,b32-c2048   threads=1   rounds=4   steps=32   parts=false
 
 steps: of a turn at batch 1, an eighth of them at batch 32.
 """
@@ -19,6 +24,7 @@ steps: of a turn at batch 1, an eighth of them at batch 32.
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -59,11 +65,29 @@ class Clock:
         return [b - a for a, b in zip(self.times, self.times[1:])]
 
 
-def ours(model, prompts: list[list[int]], steps: int, threads: int) -> tuple[list[float], list[list[int]]]:
+def own_paths(dtype) -> list[str]:
+    """What MOE_OPS may name for our side; what it does name, if anything."""
+    import torch
+
+    from moe import ops
+
+    if os.environ.get("MOE_OPS"):
+        return [os.environ["MOE_OPS"]]
+    return ["native", "torch"] if ops.path_for(torch.empty(0, dtype=dtype)) == "native" else ["torch"]
+
+
+def ours(model, prompts: list[list[int]], steps: int, threads: int, path: str) -> tuple[list[float], list[list[int]]]:
     import moe
 
     clock, last = Clock(threads, prompt=False), len(prompts) - 1
-    out = moe.generate(model, prompts, steps + 1, stream=lambda i, _: clock.put(None) if i == last else None)
+    before = os.environ.get("MOE_OPS")
+    os.environ["MOE_OPS"] = path
+    try:
+        out = moe.generate(model, prompts, steps + 1, stream=lambda i, _: clock.put(None) if i == last else None)
+    finally:
+        os.environ.pop("MOE_OPS")
+        if before is not None:
+            os.environ["MOE_OPS"] = before
     return clock.steps(), out.tokens
 
 
@@ -119,8 +143,8 @@ class Result(NamedTuple):
     """Median seconds of a step of each path; those out of the race after one round."""
     best: str
     cache_bytes: float
-    same: float
-    """Share of greedy tokens that both chose alike."""
+    same: dict[str, float]
+    """By our path: share of greedy tokens that both chose alike."""
 
 
 def compare(model, folder: str, setting: str, rounds: int, steps: int, threads: int) -> Result:
@@ -132,61 +156,128 @@ def compare(model, folder: str, setting: str, rounds: int, steps: int, threads: 
     ids[:, -1] = torch.randint(0, model.config.vocab_size, (batch,))
     prompts = ids.tolist()
     peer = Peer(folder, model.embed.weight.dtype, prompts, contexts, steps, threads)
-    paths: dict[str, Callable] = {"ours": lambda: ours(model, prompts, steps, threads)}
+    own = own_paths(model.embed.weight.dtype)
+    paths: dict[str, Callable] = {path: lambda path=path: ours(model, prompts, steps, threads, path) for path in own}
     paths |= {name: lambda how=how: peer.run(*how) for name, how in PEERS.items()}
     first = {name: run() for name, run in paths.items()}  # warms up, and finds the peers worth timing
     seconds = {name: statistics.median(times) for name, (times, _) in first.items()}
-    racing = ["ours", *sorted(PEERS, key=seconds.__getitem__)[:2]]
+    racing = [*own, *sorted(PEERS, key=seconds.__getitem__)[:2]]
     found: dict[str, list[float]] = {name: [] for name in racing}
     for _ in range(rounds):
         for name in racing:
             found[name] += paths[name]()[0]
     seconds |= {name: statistics.median(times) for name, times in found.items()}
     tokens = {name: made for name, (_, made) in first.items()}
-    best = min(racing[1:], key=seconds.__getitem__)
-    same = sum(a == b for x, y in zip(tokens["ours"], tokens[best]) for a, b in zip(x, y)) / (batch * (steps + 1))
+    best = min(racing[len(own) :], key=seconds.__getitem__)
+    same = {
+        path: sum(a == b for x, y in zip(tokens[path], tokens[best]) for a, b in zip(x, y)) / (batch * (steps + 1))
+        for path in own
+    }
     return Result(seconds, best, peer.cache_bytes(), same)
 
 
 def main(shape: str, dtype: str, only: str, threads: int, rounds: int, steps: int, parts: bool) -> None:
     import torch
+    from llama_cpp import SHAPES  # noqa: F401  1.7B among them
     from train_step import shape_config
 
-    import moe
-    from moe.layers.cache import LatentCache
     from moe.parallel import keep_memory
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     keep_memory()
     warnings.filterwarnings("ignore")
-    transformers_logging()
     config = shape_config(shape)
     config.max_position_embeddings = 4096
-    model = moe.Transformer(config).eval()
     print(f"shape {shape}, {threads} thread(s), {'CPU' if threads == 1 else 'wall'} time, {rounds} interleaved rounds")
+    if shape == "1.7B":
+        against_memory(config, only.split(",") if only else ["b1-c256", "b1-c2048"], rounds, steps, threads)
+    else:
+        against_transformers(config, dtype, only.split(",") if only else list(SETTINGS), rounds, steps, threads, parts)
+
+
+def against_transformers(
+    config, dtype: str, settings: list[str], rounds: int, steps: int, threads: int, parts: bool
+) -> None:
+    import torch
+
+    import moe
+    from moe.layers.cache import LatentCache
+
+    transformers_logging()
+    model = moe.Transformer(config).eval()
     print(
-        "| dtype, setting | ours ms | tokens/s | transformers ms | ratio | its path | cache bytes a token: ours, its | same tokens |"
+        "| dtype, setting, our path | ms | tokens/s | transformers ms | ratio | its path | cache bytes: ours, its | same |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for kind in ("fp32", "bf16") if dtype == "both" else (dtype,):
         model.to(torch.bfloat16 if kind == "bf16" else torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             moe.to_hf(model, folder, mtp=False)
-            for setting in only.split(",") if only else SETTINGS:
+            for setting in settings:
                 if parts:
                     profile(model, setting)
                     continue
                 r = compare(model, folder, setting, rounds, steps, threads)
-                own, its = r.seconds["ours"], r.seconds[r.best]
-                held = LatentCache.for_model(config, 1, 1, dtype=model.embed.weight.dtype).nbytes
-                print(
-                    f"| {kind} {setting} | {own * 1e3:.2f} | {SETTINGS[setting][0] / own:,.0f} | {its * 1e3:.2f} | "
-                    f"{its / own:.2f} | {r.best} | {held}, {r.cache_bytes:.0f} | {r.same:.0%} |",
-                    flush=True,
+                its, held = (
+                    r.seconds[r.best],
+                    LatentCache.for_model(config, 1, 1, dtype=model.embed.weight.dtype).nbytes,
                 )
+                for path, same in r.same.items():
+                    own = r.seconds[path]
+                    print(
+                        f"| {kind} {setting} {path} | {own * 1e3:.2f} | {SETTINGS[setting][0] / own:,.0f} | {its * 1e3:.2f} | "
+                        f"{its / own:.2f} | {r.best} | {held}, {r.cache_bytes:.0f} | {same:.0%} |",
+                        flush=True,
+                    )
                 others = ", ".join(f"{name} {r.seconds[name] * 1e3:.1f}" for name in PEERS)
                 print(f"  transformers, ms: {others}", file=sys.stderr, flush=True)
+
+
+def random_model(config):
+    """Made in bf16: no copy in fp32 ever exists."""
+    import torch
+
+    import moe
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return moe.Transformer(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def against_memory(config, settings: list[str], rounds: int, steps: int, threads: int) -> None:
+    import torch
+
+    from moe.layers.cache import LatentCache
+
+    model = random_model(config)
+    weights = 2 * model.num_parameters(active=True)
+    held = LatentCache.for_model(config, 1, 1, dtype=torch.bfloat16).nbytes
+    whole = model.layers[-1].ffn.experts.w13.data.view(torch.int64)
+    read = time.process_time if threads == 1 else time.perf_counter
+    print(f"{model.num_parameters() / 1e9:.2f} B parameters, {weights / 2e6:.0f} M active")
+    print("| setting, our path | ms | tokens/s | MB a token | GB/s | GB/s of reading alone | share |")
+    print("|---|---|---|---|---|---|---|")
+    for setting in settings:
+        batch, context = SETTINGS[setting]
+        prompts = torch.randint(0, config.vocab_size, (batch, context)).tolist()
+        paths = own_paths(torch.bfloat16)
+        found: dict[str, list[float]] = {path: [] for path in paths}
+        speeds = []
+        for _ in range(rounds):
+            for path in paths:
+                found[path] += ours(model, prompts, max(2, steps // 4), threads, path)[0]
+            start = read()
+            whole.sum()
+            speeds.append(whole.numel() * 8 / (read() - start))
+        size, speed = weights + held * context, statistics.median(speeds)
+        for path in paths:
+            own = statistics.median(found[path])
+            share = f"{size / 1e6:.0f} | {size / own / 1e9:.1f} | {speed / 1e9:.1f} | {size / own / speed:.0%}"
+            share = share if batch == 1 else "| | |"  # tokens of a batch share weights
+            print(f"| {setting} {path} | {own * 1e3:.2f} | {batch / own:,.1f} | {share} |", flush=True)
 
 
 def transformers_logging() -> None:
@@ -225,7 +316,7 @@ def parse(argv: list[str]) -> dict:
     from moe.config import UserError, nearest
 
     chosen = dict(DEFAULTS)
-    allowed = {"shape": ["R0", "R", "R2"], "dtype": ["fp32", "bf16", "both"], "parts": ["true", "false"]}
+    allowed = {"shape": ["R0", "R", "R2", "1.7B"], "dtype": ["fp32", "bf16", "both"], "parts": ["true", "false"]}
     for word in argv:
         key, eq, value = word.partition("=")
         if not eq or key not in DEFAULTS:

@@ -2,13 +2,15 @@
 
     python tools/bench/train_step.py                      # shape R, one thread, five rounds
     python tools/bench/train_step.py shape=R2 threads=2 rounds=3 only=ours-bf16,hf-tuned
+    python tools/bench/train_step.py only=ours-bf16,ours-bf16@avx512,ours-bf16@avx2,ours-bf16@portable
     python tools/bench/train_step.py parts=true           # where our step's time goes
 
 One process each; they take turns, one step at a time, so that a machine whose speed drifts slows all of them alike:
 quote the ratios. With one thread the figure is CPU seconds, which holds even beside other work; with more it is wall
 seconds. Batches are Zipf-distributed ids, the same for all. MTP is off: transformers cannot train it.
 
-    ours-bf16, ours-fp32   this project, PyTorch path        twin-bf16   its dense twin of equal training FLOPs
+    ours-bf16, ours-fp32   this project                      twin-bf16   its dense twin of equal training FLOPs
+    ours-bf16@torch        by its PyTorch path               ours-bf16@avx2     by one level of the native kernels
     hf-tuned               transformers' DeepseekV3: grouped_mm experts, sdpa, autocast bf16, fused AdamW, allocator tuned
     hf-default             the same as a user gets it, without the allocator setting
     hf-bf16                the same as hf-tuned with everything in bf16, moments too (less memory, other numerics)
@@ -35,7 +37,10 @@ SHAPES = {  # facts: hidden, layers, heads, latents, expert width; vocabulary 40
     ),
 }  # fmt: skip
 ROWS = {"R0": (32, 256), "R": (16, 512), "R2": (16, 512)}  # 8192 tokens a step
-ALL = ["ours-bf16", "ours-fp32", "twin-bf16", "hf-tuned", "hf-bf16", "hf-default"]
+ALL = [
+    "ours-bf16", "ours-bf16@torch", "ours-fp32", "ours-fp32@torch", "twin-bf16", "twin-bf16@torch", "hf-tuned", "hf-bf16",
+    "hf-default",
+]  # fmt: skip
 
 
 def shape_config(shape: str):
@@ -116,6 +121,14 @@ def transformers(kind: str, shape: str):
     return step
 
 
+def by_path(name: str) -> dict[str, str]:
+    """Environment of `kind@path`: a path of MOE_OPS, or a level of the native kernels."""
+    from moe.ops import PATHS
+
+    path = name.partition("@")[2]
+    return {} if not path else {"MOE_OPS": path} if path in PATHS else {"MOE_OPS": "native", "MOE_NATIVE_LEVEL": path}
+
+
 def worker(kind: str, shape: str, threads: int) -> None:
     import torch
 
@@ -148,11 +161,11 @@ def main(shape: str = "R", threads: int = 1, rounds: int = 5, only: str = "", pa
     command = [sys.executable, __file__, "--worker"]
     processes = {
         name: subprocess.Popen(
-            [*command, name, shape, str(threads)],
+            [*command, name.partition("@")[0], shape, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment | by_path(name),
         )
         for name in names
     }

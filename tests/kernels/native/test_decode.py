@@ -1,0 +1,216 @@
+"""The native step of decoding against the whole model in float64: by every level, dtype, batch and shape.
+
+The float64 model reads prompt and new tokens in one expanded forward pass, with the step's own expert choices replayed.
+"""
+
+from ctypes import c_int64
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from moe.kernels.native import library
+from moe.layers.cache import LatentCache
+from moe.model import Transformer
+
+pytestmark = pytest.mark.skipif(library.status() != "", reason=library.status())
+native = pytest.importorskip("moe.inference.native")
+
+F32, BF16 = torch.float32, torch.bfloat16
+LEVELS = library.levels() if not library.status() else []
+YARN = dict(type="yarn", factor=4, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+WHOLE = dict(  # whole vectors, and half of one
+    hidden_size=64, kv_lora_rank=32, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    num_attention_heads=8, moe_intermediate_size=48, intermediate_size=80,
+)  # fmt: skip
+SHAPES = {
+    "v3": dict(),
+    "whole vectors": WHOLE,
+    "full-rank queries": dict(q_lora_rank=None),
+    "no groups": dict(n_group=1, topk_group=1),
+    "softmax": dict(scoring_func="softmax", n_group=1, topk_group=1, norm_topk_prob=False),
+    "softmax, groups": dict(scoring_func="softmax", norm_topk_prob=False, routed_scaling_factor=2.5),
+    "no shared expert, tied": dict(n_shared_experts=0, first_k_dense_replace=0, tie_word_embeddings=True),
+    "two shared experts": dict(n_shared_experts=2),
+    "dense": dict(first_k_dense_replace=3),
+    "yarn": dict(rope_scaling=YARN),
+    "odd": dict(
+        hidden_size=17, q_lora_rank=9, kv_lora_rank=11, qk_nope_head_dim=3, v_head_dim=7, num_attention_heads=3
+    ),
+    "many heads": dict(num_attention_heads=19),
+}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    before = library.level()
+    library.use_level(request.param)
+    yield request.param
+    library.use_level(before)
+
+
+def model_of(config, dtype):
+    model = Transformer(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("router.bias"):
+                p.normal_(0, 0.1)
+            elif p.ndim == 1:
+                p.uniform_(0.5, 1.5)
+    return model
+
+
+class Trial:
+    """Prompts prefilled by PyTorch, then steps of given tokens; everything that a step leaves, kept."""
+
+    def __init__(self, model, batch, prompt, threads=1):
+        self.model, c = model, model.config
+        self.cache = LatentCache.for_model(c, batch, prompt + 12, dtype=model.embed.weight.dtype)
+        lengths = torch.randint(1, prompt + 1, (batch,))
+        lengths[0] = prompt
+        ids = torch.randint(0, c.vocab_size, (batch, prompt))
+        mask = torch.arange(prompt) < lengths.unsqueeze(1)
+        with torch.no_grad():
+            routings = model.encode(ids, mask=mask, cache=self.cache)[1]
+        self.cache.advance(lengths)
+        self.texts = [row[:n].tolist() for row, n in zip(ids, lengths)]
+        self.chosen = {name: [r.experts[i, :n] for i, n in enumerate(lengths)] for name, r in routings.items()}
+        self.logits = [[] for _ in range(batch)]
+        self.step = native.Stepper(model, self.cache, keep_experts=True)
+        self.step.args.threads = threads
+
+    def take(self, time):
+        batch = len(self.texts)
+        new = torch.randint(0, self.model.config.vocab_size, (batch, time))
+        out = self.step(new.flatten().tolist())
+        self.cache.advance(time)
+        for i in range(batch):
+            self.texts[i] += new[i].tolist()
+            self.logits[i].append(out.logits.view(batch, time, -1)[i].clone())
+            for name, ids in out.experts.items():
+                self.chosen[name][i] = torch.cat((self.chosen[name][i], ids[i].long()))
+        return out
+
+    def agrees(self, agree, exact, what, loose=1.0):
+        """The logits of all steps are those of the float64 model: in bf16 by their largest and their typical error."""
+        longest = max(map(len, self.texts))
+        texts = torch.tensor(
+            [text + [0] * (longest - len(text)) for text in self.texts]
+        )  # nobody sees what comes later
+        replay = {name: pad_sequence(rows, batch_first=True) for name, rows in self.chosen.items()}
+        with torch.no_grad():
+            full = exact(texts, routings=replay).logits
+        found = [torch.cat(steps) for steps in self.logits]
+        right = torch.cat(
+            [full[i, len(text) - len(f) : len(text)] for i, (text, f) in enumerate(zip(self.texts, found))]
+        )
+        bf16 = self.model.embed.weight.dtype is BF16
+        agree(torch.cat(found), right, 1e-1 if bf16 else loose * 1e-5, what, scale=1.0)
+        assert not bf16 or (torch.cat(found) - right).norm() < 4e-2 * right.norm(), what
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_step_is_the_full_forward_in_float64(small, agree, level, dtype, shape):
+    model = model_of(small(num_nextn_predict_layers=0, **SHAPES[shape]), dtype)
+    exact = Transformer(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    for batch, prompt, times in ((1, 5, (1, 3)), (9, 3, (1,))):
+        trial = Trial(model, batch, prompt)
+        for time in times:
+            out = trial.take(time)
+        trial.agrees(agree, exact, f"{batch} x {times}")
+        if dtype is F32:
+            logits = out.logits.double()
+            assert out.best == logits.argmax(-1).tolist()
+            found = torch.tensor(out.logprobs, dtype=torch.float64)
+            agree(found, logits.log_softmax(-1).amax(-1), 1e-6, scale=1.0)
+            agree(out.hidden @ model.head.weight.T, out.logits, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_long_contexts_go_through_several_ranges_of_keys(small, agree, level, dtype):
+    std = 0.4 if dtype is F32 else 0.2
+    model = model_of(small(num_nextn_predict_layers=0, initializer_range=std, max_position_embeddings=1000), dtype)
+    exact = Transformer(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    for prompt, time in ((478, 1), (479, 3), (970, 2)):  # around the edge of 480, and past two
+        trial = Trial(model, 2, prompt)
+        trial.take(time)
+        trial.take(1)
+        trial.agrees(agree, exact, f"{prompt} + {time}", 5.0)
+
+
+def test_choices_are_those_of_the_router_and_latents_those_of_attention(small, agree, level):
+    for change in (dict(), dict(n_group=1, topk_group=1), dict(scoring_func="softmax", norm_topk_prob=False)):
+        model = model_of(small(num_nextn_predict_layers=0, **change), F32)
+        trial = Trial(model, 5, 4)
+        other = LatentCache.for_model(model.config, 5, 16)
+        other.latents, other.lengths = [x.clone() for x in trial.cache.latents], trial.cache.lengths
+        other._count(other.lengths)
+        start = [len(text) for text in trial.texts]
+        out = trial.take(2)
+        new = torch.tensor([text[n:] for text, n in zip(trial.texts, start)])
+        with torch.no_grad():
+            hidden, routings = model.encode(new, cache=other)
+        agree(out.hidden.view(hidden.shape), hidden)
+        for name, routing in routings.items():
+            assert torch.equal(out.experts[name].long(), routing.experts)  # best first, as the router has them
+        for mine, theirs in zip(trial.cache.latents, other.latents):
+            agree(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(small, level, dtype, seed):
+    for change, batch, time in ((dict(), 1, 1), (WHOLE, 40, 1), (WHOLE, 3, 2)):
+        model = model_of(small(num_nextn_predict_layers=0, **change), dtype)
+        found = []
+        for threads in (1, 2):
+            torch.manual_seed(seed)
+            trial = Trial(model, batch, 9, threads)
+            out = trial.take(time)
+            found.append((out.logits.clone(), out.hidden.clone(), out.logprobs, *trial.cache.latents))
+        for other in found[1:]:
+            assert found[0][2] == other[2]
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other) if isinstance(a, torch.Tensor))
+
+
+PLACES = [
+    "embed.weight", "layers.1.attn_norm.weight", "layers.0.attn.q_a.weight", "layers.1.attn.kv_b.weight",
+    "layers.2.attn.o.weight", "layers.1.ffn.router.weight", "layers.1.ffn.shared.w13.weight", "norm.weight", "head.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_weight_that_is_not_a_number_shows(small, level, place):
+    model = model_of(small(num_nextn_predict_layers=0), F32)
+    trial = Trial(model, 2, 3)
+    model.get_parameter(place).data.view(-1)[3:40] = float("nan")
+    assert all(x != x for x in Trial.take(trial, 1).logprobs[:1]) or place == "embed.weight"
+    model.get_parameter(place).data.fill_(float("nan"))
+    assert all(x != x for x in Trial.take(trial, 1).logprobs)
+
+
+def test_ties_go_to_the_lowest_id(small, level):
+    model = model_of(small(num_nextn_predict_layers=0), F32)
+    model.head.weight.data[:] = model.head.weight.data[:1]
+    model.layers[1].ffn.router.weight.data.zero_()
+    model.layers[1].ffn.router.bias.data.zero_()
+    out = Trial(model, 3, 4).take(1)
+    assert out.best == [0] * 3
+    assert out.experts["layers.1"].tolist() == [[[0, 1, 2]]] * 3  # of groups 0 and 1
+
+
+def test_a_cache_without_room_is_refused_before_anything_is_written(small):
+    from moe.kernels.native import decode
+
+    trial = Trial(model_of(small(num_nextn_predict_layers=0), F32), 2, 3)
+    trial.take(1)
+    before = [x.clone() for x in trial.cache.latents]
+    with pytest.raises(ValueError, match="cache of 15 tokens cannot hold 16"):
+        trial.step([1] * 24)
+    lengths = (c_int64 * 2)(3, 15)
+    trial.step.args.b, trial.step.args.t, trial.step.args.lengths = 2, 1, native.addressof(lengths)
+    with pytest.raises(ValueError, match="too large"):
+        decode.decode_step(trial.step.args)
+    assert all(torch.equal(a, b) for a, b in zip(before, trial.cache.latents))
