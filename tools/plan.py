@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from moe import ops
 from moe.analysis import planner
 from moe.config import PretrainConfig, describe, load
 from moe.train.log import entry
@@ -27,9 +28,11 @@ def main(argv: list[str]) -> None:
     words = [arg if "=" in arg or arg.startswith("-") else f"model.preset={arg}" for arg in words]
     cfg = load(PretrainConfig, words)
     on_gpu = cfg.train.device == "cuda" or (cfg.train.device == "auto" and torch.cuda.is_available())
+    dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
+    path = "triton" if on_gpu else ops.path_for(torch.empty(0, dtype=dtype))
     plan = planner.plan(
         cfg.model, cfg.data.seq_len, cfg.train.batch_tokens, cfg.train.micro_batch_size, cfg.train.precision,
-        cfg.train.activation_checkpointing, fused=on_gpu, recompute_z=cfg.train.recompute_z,
+        cfg.train.activation_checkpointing, path, recompute_z=cfg.train.recompute_z,
     )  # fmt: skip
     print(json.dumps(plan.to_dict(), indent=1) if "--json" in argv else planner.table(plan))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p, pointer as address
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import pointer as address
 
 from torch import Tensor
 

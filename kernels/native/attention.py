@@ -53,7 +53,8 @@ def latent_forward(
 ) -> tuple[Tensor, Tensor]:
     """q [B, T, H, nope + R], kv [B, T, H, nope + dv], k_rope [B, T, R], rotary channels not turned yet; cos, sin
     [B or 1, T, R/2] fp32 -> (o [B, T, H, dv], lse [B, H, T] fp32)."""
-    return _forward(q, *_halves(q, kv, k_rope), (k_rope, cos, sin), scale, segment_ids)
+    k, v = _halves(q, kv, k_rope)
+    return _forward(q, k, v, (k_rope, cos, sin), scale, segment_ids)
 
 
 def latent_backward(
@@ -62,17 +63,16 @@ def latent_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> gradients of q, kv, k_rope, contiguous."""
     dq, dkv, dk_rope = (x.new_empty(x.shape) for x in (q, kv, k_rope))
-    dk, dv = _halves(dq, dkv, dk_rope)
-    rotary = k_rope, cos, sin
-    gradients = dict(dq=dq, dk=dk, dv=dv, dk_rope=dk_rope.unsqueeze(2))
-    _backward(do, q, *_halves(q, kv, k_rope), rotary, o, lse, scale, segment_ids, **gradients)
+    (k, v), (dk, dv) = _halves(q, kv, k_rope), _halves(dq, dkv, dk_rope)
+    rotary, heads = (k_rope, cos, sin), dk_rope.unsqueeze(2)
+    _backward(do, q, k, v, rotary, o, lse, scale, segment_ids, dq=dq, dk=dk, dv=dv, dk_rope=heads)
     return dq, dkv, dk_rope
 
 
-def _halves(q: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, ...]:
+def _halves(q: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
     """k_nope and v, views of kv."""
     nope = q.shape[3] - k_rope.shape[2]
-    return kv.split_with_sizes([nope, kv.shape[3] - nope], 3)
+    return kv[..., :nope], kv[..., nope:]
 
 
 def _forward(

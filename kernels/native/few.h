@@ -99,6 +99,7 @@ inline void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
+constexpr int64_t AHEAD = 8192;  // two pages: the processor's own reading ahead ends at a page
 constexpr int FEW = 4;
 constexpr int64_t STRIP = 48, MOST = 4 * W;  // of a product with more: rows of B and of A at a time
 
@@ -130,6 +131,7 @@ __attribute__((noinline)) void dots(const Rows<T>& a, const T* b, int64_t ldb, i
       for (int i = 0; i < M; i++) s[i][r] = V{};
     for (int r = 0; r < rows; r++) {
       const T* row = b + r * ldb;
+      __builtin_prefetch((const char*)row + AHEAD, 0, 2);
       V even[M] = {}, odd[M] = {};
       int64_t p = 0;
       for (; p + 2 * L <= k; p += 2 * L) {

@@ -204,7 +204,7 @@ inline void pack_along(int64_t n, int64_t k, F row, pair* out, int64_t ldo) {
           block[i] = V{};
         } else if (p + 2 * W <= k) {
           block[i] = *(const Vany*)(row(j + i) + p);
-          __builtin_prefetch(row(j + W + i) + p);
+          if (j + W + i < n) __builtin_prefetch(row(j + W + i) + p);
         } else {
           bf16 rest[2 * W] = {};
           memcpy(rest, row(j + i) + p, (k - p) * 2);

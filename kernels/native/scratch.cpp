@@ -23,6 +23,9 @@ char* moe_scratch(size_t bytes) {
     block.at = (char*)aligned_alloc(4096, size);
     block.size = block.at ? size : 0;
   }
+#ifdef __SANITIZE_ADDRESS__
+  if (block.at) ASAN_UNPOISON_MEMORY_REGION(block.at, block.size);
+#endif
 #ifdef MOE_POISON
   if (block.at) memset(block.at, 0xff, block.size);  // NaN, as fp32 and as bf16: reading what was never written shows
 #endif

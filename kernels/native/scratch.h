@@ -2,6 +2,9 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+#ifdef __SANITIZE_ADDRESS__  // a fence behind every array, so that AddressSanitizer sees who steps over its end
+#include <sanitizer/asan_interface.h>
+#endif
 
 char* moe_scratch(size_t bytes);  // 64-byte aligned, or null; what an earlier call of this thread got is gone
 
@@ -13,7 +16,12 @@ struct Cut {
   template <class T>
   T* take(int64_t count) {
     T* p = base ? (T*)(base + used) : nullptr;
-    used += (count * sizeof(T) + 63) & ~size_t(63);
+    size_t bytes = count * sizeof(T), room = (bytes + 63) & ~size_t(63);
+#ifdef __SANITIZE_ADDRESS__
+    room += 64;
+    if (p) ASAN_UNPOISON_MEMORY_REGION(p, bytes), ASAN_POISON_MEMORY_REGION((char*)p + bytes, room - bytes);
+#endif
+    used += room;
     return p;
   }
 };

@@ -199,25 +199,31 @@ def mfu_flops(config: ModelConfig, seq_len: int, mtp: bool | None = None) -> flo
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, fused: bool, recompute_z: bool = False) -> int:
+def _saved(c: ModelConfig, layer: int, seq_len: int, b: int, path: str, recompute_z: bool = False) -> int:
     """Bytes a token that one block keeps for its backward pass, of working type with `b` bytes."""
     d, heads = c.hidden_size, c.num_attention_heads
     wide = [d, d, c.kv_lora_rank, c.q_lora_rank or 0]
-    kept = sum(_norm(width, b, fused) for width in wide)
-    # queries, keys, what kv_b made (values are a view of it), output
-    kept += b * heads * (2 * c.qk_head_dim + c.qk_nope_head_dim + 2 * c.v_head_dim)
-    if not fused:
+    kept = sum(_norm(width, b, path) for width in wide)
+    # queries, what kv_b made (keys and values are views of it), output
+    kept += b * heads * (c.qk_head_dim + c.qk_nope_head_dim + 2 * c.v_head_dim)
+    if path == "native":  # it turns queries and keys itself, and keeps one number a row of scores
+        kept += 4 * heads + b * c.qk_rope_head_dim
+    else:
+        kept += b * heads * c.qk_head_dim  # keys with their rotary part
+    if path == "torch":
         kept += b * heads * (seq_len + min(seq_len, BLOCK)) // 2
+    swiglu = 3 if path == "native" else 4
     if c.is_dense(layer):
-        return kept + 4 * b * c.intermediate_size
-    kept += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok + (4 * d if b < 4 else 0)  # scores, ids, gates: wide
+        return kept + swiglu * b * c.intermediate_size
+    kept += 4 * c.n_routed_experts + 16 * c.num_experts_per_tok  # scores, ids, gates: wide
+    kept += 4 * d if b < 4 and path != "native" else 0  # and the router's input
     z = 0 if recompute_z else 2 * c.num_experts_per_tok
-    return kept + b * c.moe_intermediate_size * (z + 4 * c.n_shared_experts)
+    return kept + b * c.moe_intermediate_size * (z + swiglu * c.n_shared_experts)
 
 
-def _norm(width: int, b: int, fused: bool) -> int:
+def _norm(width: int, b: int, path: str) -> int:
     """RMSNorm keeps its input and one number a row; its output is kept by whoever multiplies it. On GPUs nothing else."""
-    return 2 * b * width + (0 if fused else 4)
+    return 2 * b * width + (0 if path == "triton" else 4)
 
 
 def _fill(c: ModelConfig, tokens: int) -> int:
@@ -232,30 +238,31 @@ def memory(
     rows: int,
     precision: str = "fp32",
     activation_checkpointing: bool = False,
-    fused: bool = False,
+    path: str = "torch",
     mtp: bool = True,
     recompute_z: bool = False,
 ) -> Memory:
-    """Training memory of one rank that takes `rows` rows a pass. fused: on a GPU, where fused attention keeps no
-    probabilities and experts need no filling."""
+    """Training memory of one rank that takes `rows` rows a pass. path: that of moe.ops, `triton` for a GPU; by PyTorch
+    attention keeps its probabilities and experts are filled up with rows."""
     c = config
     count = parameters(c)
     n = count.total + count.mtp
     b = 4 if precision == "fp32" else 2
     tokens, d = rows * seq_len, c.hidden_size
     depths = c.num_nextn_predict_layers if mtp else 0
-    blocks: list[float] = [_saved(c, i, seq_len, b, fused, recompute_z) for i in range(c.num_hidden_layers)]
-    if b == 2 and not fused and not recompute_z:  # a share of each token, so that it counts like the rest
+    blocks: list[float] = [_saved(c, i, seq_len, b, path, recompute_z) for i in range(c.num_hidden_layers)]
+    filled = b == 2 and (path == "torch" or path == "native" and precision == "fp8") and not recompute_z
+    if filled:  # a share of each token, so that it counts like the rest
         spare = 2 * b * c.moe_intermediate_size * _fill(c, tokens) / tokens
         blocks = [size if c.is_dense(i) else size + spare for i, size in enumerate(blocks)]
     ahead = [  # the MTP module is one unit of recomputation; its projection reads two normed states
-        (2 * _norm(d, b, fused) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, fused, recompute_z)) * c.mtp_rows
+        (2 * _norm(d, b, path) + 2 * b * d + _saved(c, c.num_hidden_layers + k, seq_len, b, path, recompute_z)) * c.mtp_rows
         for k in range(depths)
     ]
-    if b == 2 and not fused and not recompute_z and c.n_routed_experts:
+    if filled and c.n_routed_experts:
         part = max(1, round(rows * c.mtp_rows)) * seq_len
         ahead = [size + 2 * b * c.moe_intermediate_size * _fill(c, part) / tokens for size in ahead]
-    outside = (1 + depths * c.mtp_rows) * _norm(d, b, fused)
+    outside = (1 + depths * c.mtp_rows) * _norm(d, b, path)
     if activation_checkpointing:  # every block's input (MTP: state and embedding), and one block made again
         inside = b * d * (len(blocks) + 2 * depths) + max([*blocks, *ahead])
     else:
@@ -285,7 +292,7 @@ def plan(
     micro_batch_size: int = 16,
     precision: str = "fp32",
     activation_checkpointing: bool = False,
-    fused: bool = False,
+    path: str = "torch",
     world_size: int = 1,
     recompute_z: bool = False,
 ) -> Plan:
@@ -312,7 +319,7 @@ def plan(
         twin = Twin(dense.intermediate_size, size.total, size.active, flops(dense, seq_len).training)
     return Plan(
         c.name, parameters(c), flops(c, seq_len), Cache(elements, full, 2 * elements, 2 * full),
-        memory(c, seq_len, per_pass, precision, activation_checkpointing, fused, recompute_z=recompute_z), balance, twin,
+        memory(c, seq_len, per_pass, precision, activation_checkpointing, path, recompute_z=recompute_z), balance, twin,
         batch_tokens, math.ceil(rows / per_pass), precision, notes,
     )  # fmt: skip
 

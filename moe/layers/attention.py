@@ -136,6 +136,7 @@ class MLA(nn.Module):
         if cache is not None:
             cache.write(layer, c_kv, rotate(k_rope, cos, sin).squeeze(2))
         if ops.path_for(q) == "native":
+            assert not isinstance(segment_ids, ops.Documents)  # nothing is prepared for CPUs
             o = ops.latent_attention(q, kv, k_rope.squeeze(2), cos, sin, self.scale, segment_ids)
         else:
             (q_nope, q_rope), (k_nope, v) = q.split([self.nope, self.rope], -1), kv.split([self.nope, self.v], -1)

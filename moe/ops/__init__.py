@@ -34,12 +34,12 @@ from moe.ops.head import linear_cross_entropy
 from moe.ops.latent import latent_attention
 from moe.ops.norm import for_few_rows, rms_norm
 from moe.ops.optimizer import adamw, square_sum
-from moe.ops.paths import PATHS, path_for, select, selected
+from moe.ops.paths import PATHS, answer, path_for, select, selected
 from moe.ops.routing import route, route_scored, router_logits, sequence_loss
 from moe.ops.swiglu import swiglu
 
 __all__ = [
-    "PATHS", "Documents", "adamw", "attention", "documents", "experts", "for_few_rows", "fp8_experts", "fp8_linear", "grouped_swiglu",
+    "PATHS", "Documents", "adamw", "answer", "attention", "documents", "experts", "for_few_rows", "fp8_experts", "fp8_linear", "grouped_swiglu",
     "latent_attention", "linear_cross_entropy", "path_for", "rms_norm", "route", "route_scored", "router_logits",
     "select", "select_attention", "selected", "sequence_loss", "square_sum", "swiglu",
 ]  # fmt: skip

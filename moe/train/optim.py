@@ -45,7 +45,7 @@ def one_pass(
         state["step"] += 1
         ops.adamw(
             p, g, state["exp_avg"], state["exp_avg_sq"], copies[i] if copies else None, int(state["step"]), group["lr"],
-            *group["betas"], group["eps"], group["weight_decay"], scale,
+            group["betas"][0], group["betas"][1], group["eps"], group["weight_decay"], scale,
         )  # fmt: skip
 
 

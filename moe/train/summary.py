@@ -45,15 +45,16 @@ def dry_run(cfg: Any, run_dir: str | Path) -> None:
         return
     c, world = cfg, int(os.environ.get("WORLD_SIZE", 1))
     cuda = c.train.device != "cpu" and torch.cuda.is_available()
+    dtype = torch.float32 if c.train.precision == "fp32" else torch.bfloat16
+    path = "triton" if cuda else ops.path_for(torch.empty(0, dtype=dtype))
     plan = planner.plan(
         c.model, c.data.seq_len, c.train.batch_tokens, c.train.micro_batch_size, c.train.precision,
-        c.train.activation_checkpointing, fused=cuda, world_size=world, recompute_z=c.train.recompute_z,
+        c.train.activation_checkpointing, path, world_size=world, recompute_z=c.train.recompute_z,
     )  # fmt: skip
     with torch.device("meta"):
         Transformer(c.model)  # unknown attentions and routers are told here too; no memory is taken
     print(planner.table(plan))
     print("memory counts tensors; Python, torch and what the allocator keeps come on top (`tiny`: 0.3 becomes 1.1 GB)")
-    dtype = torch.float32 if c.train.precision == "fp32" else torch.bfloat16
     peak = ceiling.peak_flops("cuda" if cuda else "cpu", dtype, c.train.threads or cores())
     seconds = plan.flops.training * c.train.batch_tokens * c.train.steps / (peak.flops * world * USUAL_MFU)
     print(
@@ -82,11 +83,10 @@ def described(model: Transformer) -> str:
 
 
 def kernels(engine: Engine) -> dict[str, str]:
-    """A row of the header: which kernels answer. On CPUs there is one answer, and no row."""
-    if engine.ranks.device.type == "cpu":
-        return {}
-    experts = ops.path_for(torch.empty(0, device=engine.ranks.device, dtype=engine.dtype))
-    return {"kernels": f"experts by {experts}; attention: {engine.attention}"}
+    """A row of the header: which kernels answer."""
+    answer = ops.answer(engine.ranks.device, engine.dtype)
+    on_gpu = engine.ranks.device.type != "cpu"
+    return {"kernels": f"experts by {answer}; attention: {engine.attention}" if on_gpu else answer}
 
 
 def header(trainer: Trainer, peak: ceiling.Peak) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from moe.analysis import planner
 from moe.config import PRESETS, ModelConfig
+from moe.kernels.native import library
 from moe.layers.balance import routers
 from moe.layers.experts import Experts
 from moe.layers.precision import use_fp8
@@ -177,32 +178,40 @@ def saved_bytes(config, rows, time, dtype, checkpointing, recompute_z=False, fp8
     return sum(size for size, _ in kept.values())
 
 
+@pytest.fixture(params=["torch", "native"])
+def path(request, ops_path):
+    if request.param == "native" and library.status():
+        pytest.skip(library.status())
+    ops_path(request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
     "changes", [{}, {"q_lora_rank": None, "n_shared_experts": 0}, {"n_routed_experts": 0}], ids=str
 )
-def test_activations_are_what_autograd_keeps(changes, precision):
+def test_activations_are_what_autograd_keeps(changes, precision, path):
     config, rows, time = ModelConfig.preset("tiny", vocab_size=64, num_hidden_layers=2, mtp_rows=1.0, **changes), 2, 160
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     measured = saved_bytes(config, rows, time, dtype, checkpointing=False, fp8=precision == "fp8")
-    m = planner.memory(config, time, rows, precision)
+    m = planner.memory(config, time, rows, precision, path=path)
     logits = rows * time * config.vocab_size * (4 if precision == "fp32" else 6)
     assert m.activations + m.head - logits == pytest.approx(measured, rel=0.1)
 
 
-def test_experts_that_repeat_their_first_product_keep_less():
+def test_experts_that_repeat_their_first_product_keep_less(path):
     config, rows, time = ModelConfig.preset("tiny", vocab_size=64, mtp_rows=1.0), 2, 160
     measured = saved_bytes(config, rows, time, torch.float32, checkpointing=False, recompute_z=True)
-    whole, m = (planner.memory(config, time, rows, recompute_z=flag) for flag in (False, True))
+    whole, m = (planner.memory(config, time, rows, recompute_z=flag, path=path) for flag in (False, True))
     logits = rows * time * config.vocab_size * 4
     assert m.activations + m.head - logits == pytest.approx(measured, rel=0.1)
     assert m.activations < whole.activations
 
 
-def test_checkpointing_keeps_block_inputs_and_one_block():
+def test_checkpointing_keeps_block_inputs_and_one_block(path):
     config, rows, time = ModelConfig.preset("tiny", vocab_size=64, mtp_rows=1.0), 2, 160
     measured = saved_bytes(config, rows, time, torch.float32, checkpointing=True)
-    whole, m = (planner.memory(config, time, rows, activation_checkpointing=flag) for flag in (False, True))
+    whole, m = (planner.memory(config, time, rows, activation_checkpointing=flag, path=path) for flag in (False, True))
     again = measured + whole.activations / 4  # one of three blocks and the MTP module is made again
     logits = rows * time * config.vocab_size * 4
     assert m.activations + m.head - logits == pytest.approx(again, rel=0.2)
@@ -211,7 +220,7 @@ def test_checkpointing_keeps_block_inputs_and_one_block():
 
 def test_a_fused_path_keeps_less_and_longer_rows_keep_more_for_a_token():
     config = ModelConfig.preset("tiny")
-    assert planner.memory(config, 256, 4, fused=True).activations < planner.memory(config, 256, 4).activations
+    assert planner.memory(config, 256, 4, path="triton").activations < planner.memory(config, 256, 4).activations
     assert planner.memory(config, 512, 2).activations > planner.memory(config, 256, 4).activations
 
 

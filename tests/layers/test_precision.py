@@ -155,7 +155,7 @@ def test_training_steps_follow_bf16_without_being_it(small):
         e = engine(small, precision=p)
         found[p] = [step(e, n) for n in range(1, 4)]
         assert e.dtype == torch.bfloat16 and e.mixed and all(m.dtype == torch.float32 for m in e.masters)
-    assert found["fp8"] != found["bf16"] and found["fp8"] == pytest.approx(found["bf16"], rel=0.02)
+    assert found["fp8"] != found["bf16"] and found["fp8"] == pytest.approx(found["bf16"], rel=0.05)
 
 
 def test_choices_of_scales_give_their_own_numbers(small):
