@@ -6,13 +6,15 @@
 //
 //     ds = p . (do v^T - delta), delta = sum of do . o                dq = scale ds k, dk = scale ds^T q, dv = p^T do
 //
-// A document is a sequence of its own, a unit of work one head of one row of the batch: keys and values are packed once,
-// then queries go by blocks. Forward: scores of a block against up to BLOCK keys, then their softmax relative to the
-// largest so far, then values. Backward: panels of keys, small enough that scores and both factors of ds never leave the
-// first cache. Exponents are to the base 2. Only the panels at the diagonal are masked; what lies above it is left out by
-// panels of scores and by the K of products.
-#include "gemm.h"
-#include "interface.h"
+// A document is a sequence of its own; a unit of work is one head of one row of the batch, so results have the same
+// bits for any number of threads. Exponents are to the base 2.
+//
+// Forward: keys and values are packed once, then queries go by blocks: scores against up to BLOCK keys, their softmax
+// relative to the largest so far, values. Backward: queries are packed once, then keys go by panels, small enough that
+// scores, dp and ds are still in the first cache where they are used; p and ds of up to BLOCK queries are kept for dv
+// and dk, whose sums then never leave the registers. Only blocks on the diagonal are masked; what lies above it is left
+// out by narrow blocks there and by the K of products.
+#include "attention.h"
 #include "scratch.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -23,216 +25,9 @@ static int omp_get_thread_num() { return 0; }
 namespace MOE_LEVEL {
 namespace {
 
-constexpr int64_t QUERIES = 48;           // a block: whole tiles for heads of 16 to 64 channels
-constexpr int64_t BLOCK = 12 * QUERIES;   // keys of a block of scores: it stays in the second cache
-constexpr int64_t AHEAD = 16;             // positions
-constexpr int64_t PANEL = 64;             // keys at a time
-constexpr int64_t EDGE = 16, RIM = 16;    // keys, and queries of the backward pass, at a time on the diagonal
-
-template <class T>
-struct Shape {
-  int64_t nope, rope, d, v;
-  int64_t dp, vp;  // padded to whole vectors: columns of right operands and of sums
-  int64_t dr, vr;  // numbers from one row of a left operand to the next, zeros at its end
-  int64_t dk, vk;  // steps along K
-  explicit Shape(const Attention& a)
-      : nope(a.nope), rope(a.rope), d(a.nope + a.rope), v(a.value), dp(padded(d)), vp(padded(v)) {
-    const int64_t unit = Operand<T>::step * W;
-    dr = (d + unit - 1) / unit * unit, vr = (v + unit - 1) / unit * unit;
-    dk = steps<T>(d), vk = steps<T>(v);
-  }
-};
-
-template <class T>
-inline T* row_of(const Heads& x, int64_t b, int64_t t, int64_t h) {
-  return (T*)x.at + b * x.batch + t * x.time + h * x.head;
-}
-
-// A row of a left operand, as the operands that gemm reads; rows are `width` numbers apart.
-template <class T>
-inline const Op<T>* operands(const Row<T>* rows) { return (const Op<T>*)rows; }
-template <class T>
-inline int64_t apart(int64_t width) { return width / Operand<T>::step; }
-
-template <class S, class R>
-inline void copy(const S* from, int64_t n, R* to) {
-  for (int64_t j = 0; j < n; j += W) store(to + j, load(from + j, n - j), n - j);
-}
-template <class R>
-inline void copy_scaled(const float* from, int64_t n, float factor, R* to) {
-  for (int64_t j = 0; j < n; j += W) store(to + j, load(from + j, n - j) * factor, n - j);
-}
-
-// ------------------------------------------------------------------------------------------------------------ rotation
-
-typedef uint64_t L __attribute__((vector_size(4 * W)));  // a pair of channels a lane
-typedef uint32_t Half __attribute__((vector_size(2 * W)));
-typedef Half Halfany __attribute__((aligned(4), may_alias));
-
-inline L twice(const float* p, int64_t n) {
-  float buffer[W / 2] = {};
-  if (n < W / 2) p = (const float*)memcpy(buffer, p, n * sizeof(float));
-#if defined(__AVX512F__)  // compilers widen in two halves
-  L x = (L)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p));
-#else
-  L x = __builtin_convertvector(*(const Halfany*)p, L);
-#endif
-  return x | x << 32;
-}
-
-// n channels, neighbours a pair: (x, y) -> (x cos - y sin, x sin + y cos). BACK: by the negative angle.
-constexpr uint64_t FORTH = uint64_t(1) << 31, BACK = uint64_t(1) << 63;  // whose sine gets the minus
-template <class S, class R>
-inline void turn(const S* from, const float* cos, const float* sin, int64_t n, uint64_t sense, float factor, R* to) {
-  for (int64_t j = 0; j < n; j += W) {
-    V x = load(from + j, n - j) * factor;
-    V c = (V)twice(cos + j / 2, (n - j) / 2), s = (V)(twice(sin + j / 2, (n - j) / 2) ^ sense);
-    V other = (V)((L)x << 32 | (L)x >> 32);
-    store(to + j, x * c + other * s, n - j);
-  }
-}
-
-struct Angles {
-  const float *cos, *sin;
-  Angles(const Attention& a, int64_t b, int64_t t) {
-    const int64_t at = b * a.angle_batch + t * (a.rope / 2);
-    cos = a.cos + at, sin = a.sin + at;
-  }
-};
-
-// ------------------------------------------------------------------------------------------------------------- packing
-
-// A document of one head: positions begin to begin + n of row b.
-struct Document {
-  int64_t b, h, begin, n;
-};
-
-inline int64_t end_of_document(const Attention& a, int64_t b, int64_t begin) {
-  if (!a.first) return a.t;
-  const int32_t* first = a.first + b * a.t;
-  int64_t end = begin + 1;
-  while (end < a.t && first[end] == first[begin]) end++;
-  return end;
-}
-
-// A head's rows lie far apart, which no processor guesses: position t of x is read soon, and asked for now.
-template <class T>
-inline void soon(const Attention& a, const Heads& x, const Document& doc, int64_t t, int64_t n) {
-  prefetch(row_of<T>(x, doc.b, least(t + AHEAD, a.t - 1), doc.h), n);
-}
-
-template <class T>
-inline void query_rows(const Attention& a, const Shape<T>& s, const Document& doc, int64_t q0, int64_t m, Row<T>* rows) {
-  for (int64_t i = 0; i < m; i++) {
-    const int64_t t = doc.begin + q0 + i;
-    const T* q = row_of<T>(a.q, doc.b, t, doc.h);
-    soon<T>(a, a.q, doc, t, s.d);
-    copy(q, s.nope, rows + i * s.dp);
-    if (!s.rope) continue;
-    const Angles angles(a, doc.b, t);
-    turn(q + s.nope, angles.cos, angles.sin, s.rope, FORTH, 1.f, rows + i * s.dp + s.nope);
-  }
-}
-
-template <class T>
-inline void key_rows(const Attention& a, const Shape<T>& s, const Document& doc, int64_t j, int64_t m, Row<T>* rows) {
-  for (int64_t i = 0; i < m; i++) {
-    const int64_t t = doc.begin + j + i;
-    soon<T>(a, a.k, doc, t, s.nope);
-    soon<T>(a, a.v, doc, t, s.v);
-    copy(row_of<T>(a.k, doc.b, t, doc.h), s.nope, rows + i * s.dr);
-    if (!s.rope) continue;
-    const Angles angles(a, doc.b, t);
-    turn(row_of<T>(a.k_rope, doc.b, t, 0), angles.cos, angles.sin, s.rope, FORTH, 1.f, rows + i * s.dr + s.nope);
-  }
-}
-
-// Right operands whose columns are keys stand in panels of PANEL columns, [steps][PANEL] each, one behind the other: rows
-// as long as a sequence would compete for the same places of the first cache.
-template <class O>
-inline O* column(O* panels, int64_t steps, int64_t j) {
-  return panels + j / PANEL * steps * PANEL + j % PANEL;
-}
-
-// Keys along [d steps][n] for scores, and across [n steps][dp] for dq. rows: room for PANEL of them.
-template <class T>
-void pack_keys(const Attention& a, const Shape<T>& s, const Document& doc, Row<T>* rows, Op<T>* along, Op<T>* across) {
-  for (int64_t j = 0; j < doc.n; j += PANEL) {
-    const int64_t m = least(PANEL, doc.n - j);
-    auto row = [&](int64_t i) { return rows + i * s.dr; };
-    key_rows(a, s, doc, j, m, rows);
-    pack_along(m, s.dr, row, column(along, apart<T>(s.dr), j), PANEL);
-    if (across) pack_across(m, s.dp, row, across + j / Operand<T>::step * s.dp, s.dp, steps<T>(padded(m)));
-  }
-}
-
-// --------------------------------------------------------------------------------------------------------- arithmetic
-
-inline V most_of(V a, V b) {
-#if defined(__AVX512F__)
-  return (V)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return larger(a, b);
-#endif
-}
-
-// Coefficients of 2^x for |x| <= 1/2, highest first; 2^0 is 1. Relative error below 2e-7, and 1.1e-4 for what bf16 holds.
-template <class T>
-struct Series {
-  static constexpr int terms = 6;
-  static constexpr float of[] = {1.3264727e-3f, 9.6715127e-3f, 5.5507337e-2f, 2.4022242e-1f, 6.9314698e-1f, 1.f};
-};
-template <>
-struct Series<bf16> {
-  static constexpr int terms = 4;
-  static constexpr float of[] = {5.5008931e-2f, 2.4221096e-1f, 6.9328293e-1f, 1.f};
-};
-
-// x -> 2^x for x <= 0, near enough for T; NaN stays NaN: see exp2. N vectors a step: one alone would wait for itself.
-template <class T, int N>
-inline __attribute__((always_inline)) void power(V (&x)[N]) {
-  V n[N], p[N];
-#if defined(__AVX512F__)
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) n[i] = (V)_mm512_roundscale_ps((__m512)x[i], 8);
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) x[i] -= n[i];
-#else
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) x[i] = larger(all(-126.f), x[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) n[i] = x[i] + 12582912.f;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) x[i] -= n[i] - 12582912.f;
-#endif
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) p[i] = x[i] * Series<T>::of[0] + Series<T>::of[1];
-#pragma GCC unroll 8
-  for (int c = 2; c < Series<T>::terms; c++)
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++) p[i] = p[i] * x[i] + Series<T>::of[c];
-#pragma GCC unroll 8
-  for (int i = 0; i < N; i++) {
-#if defined(__AVX512F__)
-    x[i] = (V)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
-#else
-    x[i] = (V)((I)p[i] + ((I)n[i] << 23));
-#endif
-  }
-}
-template <class T>
-inline float power_of(float x) {
-  V one[1] = {all(x)};
-  power<T>(one);
-  return one[0][0];
-}
-
-inline V first_lanes(int64_t n, V x, V otherwise) {
-  static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  I lane;
-  memcpy(&lane, lanes, sizeof lane);
-  return lane < (int32_t)n ? x : otherwise;
-}
+constexpr int64_t QUERIES = 48;          // a block: whole tiles for heads of 16 to 64 channels
+constexpr int64_t BLOCK = 12 * QUERIES;  // keys whose scores are held (forward), queries whose p and ds are (backward)
+constexpr int64_t EDGE = 16, RIM = 16;   // keys (forward), queries (backward) at a time on the diagonal
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
@@ -259,17 +54,17 @@ void scores(const Shape<T>& s, const ForwardRoom<T>& r, int64_t m, int64_t q0, i
   for (int64_t j = 0, width; j < keys; j += width) {
     width = j < below ? least(PANEL, below - j) : least(EDGE, padded(keys - j));
     const int64_t i = j > below ? j - below : 0;
-    gemm(m - i, width, s.dk, operands<T>(r.q + i * s.dp), apart<T>(s.dp), 1, column(r.keys, apart<T>(s.dr), k0 + j), PANEL,
-         r.s + i * BLOCK + j, BLOCK);
+    gemm(m - i, width, s.dk, operands<T>(r.q + i * s.dp), apart<T>(s.dp), 1, column(r.keys, apart<T>(s.dr), k0 + j),
+         PANEL, r.s + i * BLOCK + j, BLOCK);
   }
 }
 
-// W rows' results a vector instead of one after the other.
+// W rows' results at once: across the lanes of one row each step would wait for the last.
 inline V each_largest(const V* rows) {
   float t[W * W];
   store_transposed(rows, t, W);
   V x = load(t);
-  for (int i = 1; i < W; i++) x = most_of(x, load(t + i * W));
+  for (int i = 1; i < W; i++) x = larger(x, load(t + i * W));
   return x;
 }
 inline V each_sum(const V* rows) {
@@ -283,8 +78,8 @@ inline V each_sum(const V* rows) {
 inline V largest_of(const float* s, int64_t n) {
   const int64_t whole = n / W * W;
   V most = all(-INFINITY);
-  for (int64_t j = 0; j < whole; j += W) most = most_of(most, load(s + j));
-  return whole < n ? most_of(most, first_lanes(n - whole, load(s + whole), most)) : most;
+  for (int64_t j = 0; j < whole; j += W) most = larger(most, load(s + j));
+  return whole < n ? larger(most, first_lanes(n - whole, load(s + whole), most)) : most;
 }
 
 inline void store_two(float* p, V a, V b) {
@@ -373,7 +168,8 @@ void forward_block(const Attention& a, const Shape<T>& s, const Document& doc, i
     for (int64_t i = 0; i < m; i += ROWS) {
       const int64_t rows = least(ROWS, m - i), last = least(keys, q0 - k0 + i + rows);
       for (int64_t x = i; x < i + rows; x++)
-        seen.sums[x] += soften_row<T>(r.s + x * BLOCK, least(keys, q0 - k0 + x + 1), last, scale, seen.most[x], r.p + x * BLOCK);
+        seen.sums[x] += soften_row<T>(r.s + x * BLOCK, least(keys, q0 - k0 + x + 1), last, scale, seen.most[x],
+                                      r.p + x * BLOCK);
       gemm(rows, s.vp, steps<T>(last), operands<T>(r.p + i * BLOCK), apart<T>(BLOCK), 1,
            r.values + k0 / Operand<T>::step * s.vp, s.vp, r.o + i * s.vp, s.vp, k0 > 0);
     }
@@ -388,13 +184,14 @@ void forward_block(const Attention& a, const Shape<T>& s, const Document& doc, i
 }
 
 template <class T>
-void forward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, const ForwardRoom<T>& r) {
+void forward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, const Row<T>* turned,
+                  const ForwardRoom<T>& r) {
   memset((void*)r.rows, 0, PANEL * s.dr * sizeof(Row<T>));
   memset((void*)r.q, 0, QUERIES * s.dp * sizeof(Row<T>));
   for (int64_t begin = 0, end; begin < a.t; begin = end) {
     end = end_of_document(a, b, begin);
     const Document doc{b, h, begin, end - begin};
-    pack_keys<T>(a, s, doc, r.rows, r.keys, nullptr);
+    pack_keys<T>(a, s, doc, turned, r.rows, r.keys, nullptr);
     pack_across(doc.n, s.v, [&](int64_t i) { return row_of<T>(a.v, b, begin + i, h); }, r.values, s.vp);
     for (int64_t q0 = 0; q0 < doc.n; q0 += QUERIES) forward_block(a, s, doc, q0, r);
   }
@@ -407,14 +204,24 @@ int forward(const Attention& a) {
   if (!units || !a.t) return OK;
   Cut each;
   ForwardRoom<T>(each, a, s);
-  char* base = moe_scratch(parts * each.used);
+  const int64_t row = a.t * s.rp;
+  Cut shared;
+  shared.take<Row<T>>(a.b * row);
+  char* base = moe_scratch(shared.used + parts * each.used);
   if (!base) return NO_MEMORY;
+  Row<T>* turned = (Row<T>*)base;
+  base += shared.used;
 #pragma omp parallel num_threads((int)parts)
   {
     Cut cut(base + omp_get_thread_num() * each.used);
     const ForwardRoom<T> room(cut, a, s);
+    if (s.rope) {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < a.b; b++) turn_keys(a, s, b, turned + b * row);
+    }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = 0; unit < units; unit++) forward_head(a, s, unit / a.h, unit % a.h, room);
+    for (int64_t unit = 0; unit < units; unit++)
+      forward_head(a, s, unit / a.h, unit % a.h, turned + unit / a.h * row, room);
   }
   return OK;
 }
@@ -428,16 +235,16 @@ struct BackwardRoom {
   Op<T>*q_across, *dy_across;  // [n steps][dp], [n steps][vp]
   float *lse, *delta, *dq;     // [n] x 2, [n][dp]
   // of a panel of keys
-  Row<T>* rows;                          // [PANEL][dr]
-  Op<T>*keys, *keys_across, *values;     // [d steps][PANEL], [PANEL steps][dp], [v steps][PANEL]
-  Op<T>*p, *ds_across;                   // [BLOCK steps][PANEL]
-  Row<T>* ds;                            // [QUERIES][PANEL]
-  float *s, *dp, *dk, *dv;               // [QUERIES][PANEL] x 2, [PANEL][dp], [PANEL][vp]
+  Row<T>* rows;                       // [PANEL][dr]
+  Op<T>*keys, *keys_across, *values;  // [d steps][PANEL], [PANEL steps][dp], [v steps][PANEL]
+  Op<T>*p, *ds_across;                // [BLOCK steps][PANEL]
+  Row<T>* ds;                         // [QUERIES][PANEL]
+  float *s, *dp, *dk, *dv;            // [QUERIES][PANEL] x 2, [PANEL][dp], [PANEL][vp]
   BackwardRoom(Cut& cut, const Attention& a, const Shape<T>& s_) {
     q = cut.take<Row<T>>(a.t * s_.dp);
     dy = cut.take<Row<T>>(a.t * s_.vp);
-    q_across = cut.take<Op<T>>(steps<T>(a.t) * s_.dp);
-    dy_across = cut.take<Op<T>>(steps<T>(a.t) * s_.vp);
+    q_across = SAME<T> ? (Op<T>*)q : cut.take<Op<T>>(steps<T>(a.t) * s_.dp);
+    dy_across = SAME<T> ? (Op<T>*)dy : cut.take<Op<T>>(steps<T>(a.t) * s_.vp);
     lse = cut.take<float>(a.t + 1);
     delta = cut.take<float>(a.t + 1);
     dq = cut.take<float>(a.t * s_.dp);
@@ -447,7 +254,7 @@ struct BackwardRoom {
     values = cut.take<Op<T>>(s_.vk * PANEL);
     p = cut.take<Op<T>>(steps<T>(BLOCK) * PANEL);
     ds_across = cut.take<Op<T>>(steps<T>(BLOCK) * PANEL);
-    ds = cut.take<Row<T>>(QUERIES * PANEL);
+    ds = SAME<T> ? nullptr : cut.take<Row<T>>(QUERIES * PANEL);
     s = cut.take<float>(QUERIES * PANEL);
     dp = cut.take<float>(QUERIES * PANEL);
     dk = cut.take<float>(PANEL * s_.dp);
@@ -455,7 +262,7 @@ struct BackwardRoom {
   }
 };
 
-// Two neighbouring queries' values for W keys, as a left operand's transpose; `rows`: as rows too, PANEL apart.
+// Two neighbouring queries' values for W keys, as a left operand's transpose; as rows too, where `rows` is not null.
 inline void put(V even, V odd, float* across, float*) {
   store(across, even);
   store(across + PANEL, odd);
@@ -472,8 +279,8 @@ inline void put(V even, V odd, pair* across, bf16* rows) {
 }
 #endif
 
-// Scores and dp of two neighbouring queries -> p and ds. Of the panel's keys they see `seen` and `seen + 1`, or the second
-// none at all.
+// Scores and dp of two neighbouring queries -> p and ds. Of the panel's keys they see `seen` and `seen + 1`, or the
+// second none at all.
 template <class T, bool MASKED>
 inline void differentiate(const float* s, const float* dp, int64_t width, int64_t seen, bool second, float scale,
                           const float* lse, const float* delta, Op<T>* p, Op<T>* ds_across, Row<T>* ds) {
@@ -501,7 +308,7 @@ template <class T>
 void backward_tile(const Shape<T>& s, int64_t q0, int64_t m, int64_t j, int64_t width, float scale, Op<T>* p,
                    Op<T>* ds_across, const BackwardRoom<T>& r) {
   constexpr int64_t step = Operand<T>::step;
-  Row<T>* ds = step == 1 ? (Row<T>*)ds_across : r.ds;
+  Row<T>* ds = SAME<T> ? (Row<T>*)ds_across : r.ds;
   gemm(m, width, s.dk, operands<T>(r.q + q0 * s.dp), apart<T>(s.dp), 1, r.keys, PANEL, r.s, PANEL);
   gemm(m, width, s.vk, operands<T>(r.dy + q0 * s.vp), apart<T>(s.vp), 1, r.values, PANEL, r.dp, PANEL);
   for (int64_t i = 0; i < m; i += 2) {
@@ -511,16 +318,18 @@ void backward_tile(const Shape<T>& s, int64_t q0, int64_t m, int64_t j, int64_t 
     both(r.s + i * PANEL, r.dp + i * PANEL, width, seen, second, scale, r.lse + q0 + i, r.delta + q0 + i, p + at,
          ds_across + at, ds + i * PANEL);
   }
-  gemm(m, s.dp, steps<T>(width), operands<T>(ds), apart<T>(PANEL), 1, r.keys_across, s.dp, r.dq + q0 * s.dp, s.dp, j > 0);
+  gemm(m, s.dp, steps<T>(width), operands<T>(ds), apart<T>(PANEL), 1, r.keys_across, s.dp, r.dq + q0 * s.dp, s.dp,
+       j > 0);
 }
 
 // A panel of keys from j on against all queries that see any of them.
 template <class T>
-void backward_panel(const Attention& a, const Shape<T>& s, const Document& doc, int64_t j, const BackwardRoom<T>& r) {
+void backward_panel(const Attention& a, const Shape<T>& s, const Document& doc, int64_t j, const Row<T>* turned,
+                    const BackwardRoom<T>& r) {
   constexpr int64_t step = Operand<T>::step, GROUP = 24;  // keys that share the K of a product with queries
   const int64_t keys = least(PANEL, doc.n - j), all = padded(keys);
   const Document panel{doc.b, doc.h, doc.begin + j, keys};
-  pack_keys(a, s, panel, r.rows, r.keys, r.keys_across);
+  pack_keys(a, s, panel, turned, r.rows, r.keys, r.keys_across);
   pack_along(keys, s.v, [&](int64_t i) { return row_of<T>(a.v, doc.b, panel.begin + i, doc.h); }, r.values, PANEL);
   for (int64_t begin = j; begin < doc.n; begin += BLOCK) {
     const int64_t end = least(begin + BLOCK, doc.n);
@@ -528,7 +337,8 @@ void backward_panel(const Attention& a, const Shape<T>& s, const Document& doc, 
       const bool rim = q0 < j + PANEL;
       m = least(rim ? RIM : QUERIES, end - q0);
       const int64_t at = (q0 - begin) / step * PANEL;
-      backward_tile(s, q0, m, j, rim ? least(padded(q0 + m - j), all) : all, a.scale * LOG2E, r.p + at, r.ds_across + at, r);
+      const int64_t width = rim ? least(padded(q0 + m - j), all) : all;
+      backward_tile(s, q0, m, j, width, a.scale * LOG2E, r.p + at, r.ds_across + at, r);
     }
     for (int64_t i = 0; i < keys; i += GROUP) {
       const int64_t m = least(GROUP, keys - i), from = begin == j ? i : 0, at = from / step * PANEL + i;
@@ -543,7 +353,7 @@ void backward_panel(const Attention& a, const Shape<T>& s, const Document& doc, 
 template <class T>
 void backward_queries(const Attention& a, const Shape<T>& s, const Document& doc, const BackwardRoom<T>& r) {
   query_rows(a, s, doc, 0, doc.n, r.q);
-  pack_across(doc.n, s.dp, [&](int64_t i) { return r.q + i * s.dp; }, r.q_across, s.dp);
+  if (!SAME<T>) pack_across(doc.n, s.dp, [&](int64_t i) { return r.q + i * s.dp; }, r.q_across, s.dp);
   const Heads like_o{nullptr, a.t * a.h * s.v, a.h * s.v, s.v};
   for (int64_t i = 0; i < doc.n; i++) {
     const int64_t t = doc.begin + i, at = doc.b * like_o.batch + t * like_o.time + doc.h * like_o.head;
@@ -558,12 +368,13 @@ void backward_queries(const Attention& a, const Shape<T>& s, const Document& doc
     r.lse[i] = a.lse[(doc.b * a.h + doc.h) * a.t + t] * LOG2E;
   }
   r.delta[doc.n] = r.lse[doc.n] = 0;
-  pack_across(doc.n, s.vp, [&](int64_t i) { return r.dy + i * s.vp; }, r.dy_across, s.vp);
+  if (!SAME<T>) pack_across(doc.n, s.vp, [&](int64_t i) { return r.dy + i * s.vp; }, r.dy_across, s.vp);
 }
 
 // dk_rope: this head's part of its gradient, [T, rope], not turned back.
 template <class T>
-void backward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, float* dk_rope, const BackwardRoom<T>& r) {
+void backward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, const Row<T>* turned, float* dk_rope,
+                   const BackwardRoom<T>& r) {
   memset((void*)r.rows, 0, PANEL * s.dr * sizeof(Row<T>));
   memset((void*)r.q, 0, a.t * s.dp * sizeof(Row<T>));
   memset((void*)r.dy, 0, a.t * s.vp * sizeof(Row<T>));
@@ -572,7 +383,7 @@ void backward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, 
     const Document doc{b, h, begin, end - begin};
     backward_queries(a, s, doc, r);
     for (int64_t j = 0; j < doc.n; j += PANEL) {
-      backward_panel(a, s, doc, j, r);
+      backward_panel(a, s, doc, j, turned, r);
       for (int64_t i = 0; i < least(PANEL, doc.n - j); i++) {
         const int64_t t = begin + j + i;
         copy_scaled(r.dk + i * s.dp, s.nope, a.scale, row_of<T>(a.dk, b, t, h));
@@ -580,12 +391,11 @@ void backward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, 
         copy(r.dv + i * s.vp, s.v, row_of<T>(a.dv, b, t, h));
       }
     }
+    Angles angles(a, b, begin);
     for (int64_t i = 0; i < doc.n; i++) {
       T* dq = row_of<T>(a.dq, b, begin + i, h);
       copy_scaled(r.dq + i * s.dp, s.nope, a.scale, dq);
-      if (!s.rope) continue;
-      const Angles angles(a, b, begin + i);
-      turn(r.dq + i * s.dp + s.nope, angles.cos, angles.sin, s.rope, BACK, a.scale, dq + s.nope);
+      if (s.rope) turn(r.dq + i * s.dp + s.nope, angles.next(), s.rope, BACK, a.scale, dq + s.nope);
     }
   }
 }
@@ -593,14 +403,14 @@ void backward_head(const Attention& a, const Shape<T>& s, int64_t b, int64_t h, 
 // Heads added up in their order, and turned back. parts [H, T, rope] of row b; sums: room for one row.
 template <class T>
 void finish_k_rope(const Attention& a, const Shape<T>& s, int64_t b, const float* parts, float* sums) {
+  Angles angles(a, b, 0);
   for (int64_t t = 0; t < a.t; t++) {
     for (int64_t j = 0; j < s.rope; j += W) {
       V x = {};
       for (int64_t h = 0; h < a.h; h++) x += load(parts + (h * a.t + t) * s.rope + j, s.rope - j);
       store(sums + j, x, s.rope - j);
     }
-    const Angles angles(a, b, t);
-    turn(sums, angles.cos, angles.sin, s.rope, BACK, 1.f, row_of<T>(a.dk_rope, b, t, 0));
+    turn(sums, angles.next(), s.rope, BACK, 1.f, row_of<T>(a.dk_rope, b, t, 0));
   }
 }
 
@@ -611,20 +421,27 @@ int backward(const Attention& a) {
   if (!units || !a.t) return OK;
   Cut each;
   BackwardRoom<T>(each, a, s);
-  const int64_t head = a.t * s.rope;
+  const int64_t head = a.t * s.rope, row = a.t * s.rp;
   Cut shared;
   shared.take<float>(units * head);
+  const size_t parted = shared.used;
+  shared.take<Row<T>>(a.b * row);
   char* base = moe_scratch(shared.used + parts * each.used);
   if (!base) return NO_MEMORY;
   float* dk_rope = (float*)base;
+  Row<T>* turned = (Row<T>*)(base + parted);
   base += shared.used;
 #pragma omp parallel num_threads((int)parts)
   {
     Cut cut(base + omp_get_thread_num() * each.used);
     const BackwardRoom<T> room(cut, a, s);
+    if (s.rope) {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < a.b; b++) turn_keys(a, s, b, turned + b * row);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < units; unit++)
-      backward_head(a, s, unit / a.h, unit % a.h, dk_rope + unit * head, room);
+      backward_head(a, s, unit / a.h, unit % a.h, turned + unit / a.h * row, dk_rope + unit * head, room);
     if (s.rope) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.b; b++) finish_k_rope(a, s, b, dk_rope + b * a.h * head, room.dq);

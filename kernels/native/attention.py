@@ -1,6 +1,6 @@
 """Causal attention by the native kernels (attention.cpp): plain, and in MLA's expanded form.
 
-    B batch, T time, H heads; documents are runs of equal segment ids
+B batch, T time, H heads; documents are runs of equal segment ids
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Sequence[Tensor], o: Tensor, lse: Tensor, scale: float,
     segment_ids: Tensor | None, **gradients: Tensor,
 ) -> None:  # fmt: skip
-    do = do.contiguous()
+    do = do.to(o.dtype).contiguous()
     out = {name: _heads(x) for name, x in gradients.items()}
     _run("attention_backward", q, k, v, rotary, scale, segment_ids, o, lse, dy=pointer(do), **out)
 
@@ -98,6 +98,8 @@ def _run(
     name: str, q: Tensor, k: Tensor, v: Tensor, rotary: Sequence[Tensor], scale: float, segment_ids: Tensor | None,
     o: Tensor, lse: Tensor, **more: int | Heads | None,
 ) -> None:  # fmt: skip
+    if any(x.dtype != q.dtype for x in (k, v, o, *rotary[:1])):
+        raise ValueError(f"{name}: queries are {q.dtype}, keys or values are not; convert them")
     batch, time, heads, _ = q.shape
     q, k, v = _readable(q), _readable(k), _readable(v)
     first = None if segment_ids is None else packed.starts(segment_ids, time)
@@ -107,7 +109,11 @@ def _run(
         first=pointer(first), scale=scale, o=pointer(o), lse=pointer(lse), **more,
     )  # fmt: skip
     if rotary:
-        k_rope, cos, sin = _readable(rotary[0]).unsqueeze(2), rotary[1].float().contiguous(), rotary[2].float().contiguous()
+        k_rope, cos, sin = (
+            _readable(rotary[0]).unsqueeze(2),
+            rotary[1].float().contiguous(),
+            rotary[2].float().contiguous(),
+        )
         a.k_rope, a.cos, a.sin = _heads(k_rope), pointer(cos), pointer(sin)
         a.angle_batch = cos[0].numel() if cos.shape[0] > 1 else 0
     call(name, a)

@@ -3,9 +3,9 @@
 //     along     C[M, N] = A[M, K] B[N, K]^T      rows of B lie along K: weights of a Linear, cached keys
 //     across    C[M, N] = A[M, K] B[K, N]        rows of B are steps of K: cached values
 //
-// A's rows are Row<T>, zeros up to ahead<T>(K). One to FEW rows meet each row of B as it streams past, and the lanes of
-// their sums are added up at the end; no packed copy could be read faster than memory gives it. More rows become the
-// micro-kernel's right operand, with B's as its left one.
+// A's rows are Row<T>, zeros up to ahead<T>(K). Up to seven rows meet each row of B as it streams past, and the lanes of their
+// sums are added up at the end: no packed copy could be read faster than memory gives it. More rows become the right
+// operand of a micro-kernel, with B's as its left one.
 #pragma once
 #include "gemm.h"
 #include "scratch.h"
@@ -99,11 +99,10 @@ inline void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
-constexpr int64_t AHEAD = 8192;  // two pages: the processor's own reading ahead ends at a page
-constexpr int FEW = 4;
+constexpr int64_t AHEAD = 4096;  // a page: the processor's own reading ahead ends at a page
 constexpr int64_t STRIP = 48, MOST = 4 * W;  // of a product with more: rows of B and of A at a time
 
-// What a thread needs for products with more than FEW rows.
+// What a thread needs for products with more than a few rows.
 template <class T>
 struct FewRoom {
   Op<T>* a;   // [K steps, MOST]
@@ -259,11 +258,16 @@ void strips(int64_t m, const Rows<T>& a, const T* b, int64_t ldb, int64_t n, int
 template <class T>
 void along(int64_t m, const Rows<T>& a, const T* b, int64_t ldb, int64_t n, int64_t k, const Sink& out,
            const FewRoom<T>& room) {
-  if (m == 1) return dots<1>(a, b, ldb, n, k, out);
-  if (m == 2) return dots<2>(a, b, ldb, n, k, out);
-  if (m == 3) return dots<3>(a, b, ldb, n, k, out);
-  if (m == 4) return dots<4>(a, b, ldb, n, k, out);
-  strips(m, a, b, ldb, n, k, out, room);
+  switch (m) {
+    case 1: return dots<1>(a, b, ldb, n, k, out);
+    case 2: return dots<2>(a, b, ldb, n, k, out);
+    case 3: return dots<3>(a, b, ldb, n, k, out);
+    case 4: return dots<4>(a, b, ldb, n, k, out);
+    case 5: return dots<5>(a, b, ldb, n, k, out);
+    case 6: return dots<6>(a, b, ldb, n, k, out);
+    case 7: return dots<7>(a, b, ldb, n, k, out);
+    default: return strips(m, a, b, ldb, n, k, out, room);
+  }
 }
 
 // -------------------------------------------------------------------------------------------------------- across

@@ -25,8 +25,8 @@ typedef struct {
 } Experts;
 
 // Causal attention, with MLA's rotary channels or without (attention.cpp). B batch, T time, H heads.
-// Queries are [nope, rope] channels of a head; its key is `nope` of its own, then the row of k_rope, which heads may share
-// (head = 0). Rotary channels come unrotated. rope = 0: plain attention, k_rope unused. scale is not negative.
+// Queries are [nope, rope] channels of a head; its key is `nope` of its own, then the row of k_rope that all heads share.
+// Rotary channels come unrotated. rope = 0: plain attention, k_rope unused. scale is not negative.
 typedef struct {
   void* at;                   // [B, T, H, n]
   int64_t batch, time, head;  // numbers from one to the next; the n channels are neighbours

@@ -45,8 +45,13 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline V all(float x) { return x - V{}; }
 inline V bits_of(I x) { return (V)x; }
+#if defined(__AVX512F__)
+inline V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+inline V smaller(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 inline V larger(V a, V b) { return a > b ? a : b; }
 inline V smaller(V a, V b) { return a < b ? a : b; }
+#endif
 
 inline float wide(bf16 x) {
   uint32_t bits = (uint32_t)x.bits << 16;

@@ -1,7 +1,7 @@
 """Causal attention as one op: [B, T, H, .] queries, keys and values of unequal widths.
 
-CPUs have native kernels, or blocks in PyTorch with a written-out backward pass; on GPUs backends.py chooses, and `documents` makes once
-a batch what all layers need to keep packed documents apart.
+CPUs have native kernels, or blocks in PyTorch with a written-out backward pass; on GPUs backends.py chooses, and
+`documents` makes once a batch what all layers need to keep packed documents apart.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segment_ids: Tensor
     ids = segment_ids.ids if isinstance(segment_ids, Documents) else segment_ids
     if selected() == "reference":
         return reference.attention(q, k, v, scale, ids)
-    if path_for(q) == "native":
+    if path_for(q) == "native" and scale >= 0:  # the kernels take a row's largest score for that of its softmax
         return _native(q, k, v, scale, ids)[0]
     backend = backend_for(q.device, q.dtype, q.shape[3], v.shape[3], ids is not None) if v.numel() else "blocks"
     if backend == "blocks":

@@ -43,6 +43,34 @@ def test_the_op_is_well_formed_for_autograd_and_compilers():
     for segments in (None, segments_of(2, 6)):
         torch.library.opcheck(torch.ops.moe.latent_attention_native.default, (*leaves, cos, sin, 0.3, segments))
         torch.library.opcheck(torch.ops.moe.attention_native.default, (kv, kv, kv, 0.3, segments))
+        plain = [x.detach() for x in leaves]
+        kept = *plain, cos, sin, *torch.ops.moe.latent_attention_native.default(*plain, cos, sin, 0.3, segments)
+        upstream = torch.randn_like(kept[-2])
+        torch.library.opcheck(torch.ops.moe.latent_attention_native_backward.default, (upstream, *kept, 0.3, segments))
+        kept = *plain[1:2] * 3, *torch.ops.moe.attention_native.default(*plain[1:2] * 3, 0.3, segments)
+        upstream = torch.randn_like(kept[-2])
+        torch.library.opcheck(torch.ops.moe.attention_native_backward.default, (upstream, *kept, 0.3, segments))
+
+
+def test_a_compiled_layer_holds_one_node_of_it_and_gives_the_same(agree, ops_path):
+    from torch._dynamo.testing import CompileCounter  # loads the compiler
+
+    ops_path("native")
+    layer = MLA(24, 3, 10, 12, 6, 4, 5)
+    x, upstream = torch.randn(2, 20, 24), torch.randn(2, 20, 24)
+    nodes = []
+
+    class Counter(CompileCounter):
+        def __call__(self, graph, inputs):
+            nodes.extend(str(node.target) for node in graph.graph.nodes)
+            return super().__call__(graph, inputs)
+
+    torch.compile(layer, backend=Counter(), fullgraph=True)(x)
+    assert sum("latent_attention_native" in name for name in nodes) == 1
+    eager = with_gradients(layer, (x,), upstream, (0,))
+    compiled = with_gradients(torch.compile(layer, backend="aot_eager", fullgraph=True), (x,), upstream, (0,))
+    agree(compiled[0], eager[0])
+    agree(compiled[1][0], eager[1][0])
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 10])
@@ -63,7 +91,12 @@ def test_the_layer_gives_what_its_composed_form_gives(agree, ops_path, q_lora_ra
 
 def test_shapes_that_do_not_fit_are_one_line():
     q, kv, k_rope, cos, sin = latent_inputs(2, 6, 2, 4, 2, 3, F32)
-    for wrong in (dict(kv=kv[:, :5]), dict(k_rope=k_rope[:1]), dict(cos=cos[:, :5], sin=sin[:, :5]), dict(sin=sin[:, :3])):
+    for wrong in (
+        dict(kv=kv[:, :5]),
+        dict(k_rope=k_rope[:1]),
+        dict(cos=cos[:, :5], sin=sin[:, :5]),
+        dict(sin=sin[:, :3]),
+    ):
         given = dict(q=q, kv=kv, k_rope=k_rope, cos=cos, sin=sin) | wrong
         with pytest.raises(ValueError, match="latent_attention: ") as caught:
             ops.latent_attention(*given.values(), 0.3)
