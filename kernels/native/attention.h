@@ -224,7 +224,7 @@ inline __attribute__((always_inline)) void power(V (&x)[N]) {
 #if defined(__AVX512F__)
     x[i] = (V)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
 #else
-    x[i] = (V)((I)p[i] + ((I)n[i] << 23));
+    x[i] = (V)((U)p[i] + ((U)n[i] << 23));
 #endif
   }
 }

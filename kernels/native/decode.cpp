@@ -12,6 +12,7 @@
 //
 // The team shares products by columns of their result, attention by heads, sequences and ranges of keys. Each sum is
 // made by one thread, in an order that does not depend on their number: the bits are the same for any.
+#include "draw.h"
 #include "few.h"
 #include "order.h"
 #include "route.h"
@@ -341,33 +342,6 @@ void Step<T>::activate(int64_t m, const Rows<T>& rows, const void* up, int64_t w
 
 // -------------------------------------------------------------------------------------------------------------- step
 
-// [V] -> the first of the largest, and its log-probability: NaN where one is NaN, or infinite.
-inline void best_of(const float* logits, int64_t vocab, int64_t* id, float* logprob) {
-  V best = all(-INFINITY), total = {};
-  I where = {};
-  for (int64_t j = 0; j + W <= vocab; j += W) {
-    V v = load(logits + j);
-    I more = v > best;
-    best = more ? v : best;
-    where = more ? I{} + (int32_t)j : where;
-  }
-  float top = largest(best);
-  int64_t found = vocab - 1;
-  for (int i = 0; i < W; i++)
-    if (best[i] == top && where[i] + i < found) found = where[i] + i;
-  const int64_t rest = vocab / W * W;
-  for (int64_t j = rest; j < vocab; j++)
-    if (j == 0 || logits[j] > top) top = logits[j], found = j;
-  for (int64_t j = 0; j < rest; j += W) {
-    V less = load(logits + j) - top;
-    total += exp2(less * LOG2E) + less * 0.f;
-  }
-  float sums = sum(total);
-  for (int64_t j = rest; j < vocab; j++) sums += exp2(all((logits[j] - top) * LOG2E))[0] + (logits[j] - top) * 0.f;
-  *id = found;
-  *logprob = -logf(sums);
-}
-
 template <class T>
 void Step<T>::last(const Room<T>& r) const {
   norms(w.x, s.dp, a.last_norm, a.d, r.h);
@@ -376,7 +350,13 @@ void Step<T>::last(const Room<T>& r) const {
       store((T*)a.hidden + i * a.d + j, load(r.h + i * s.dl + j), a.d - j);
   multiply({r.h, s.dl}, a.head, a.vocab, a.d, {a.logits, a.vocab, false, nullptr, nullptr, true}, r);
 #pragma omp barrier
-  for (int64_t i = r.me; i < s.n; i += r.team) best_of(a.logits + i * a.vocab, a.vocab, a.best + i, a.logprob + i);
+  for (int64_t i = r.me; i < s.n; i += r.team) {
+    const float* logits = a.logits + i * a.vocab;
+    if (a.temperature > 0)
+      draw(logits, a.vocab, a.temperature, uniform(a.keys[i], a.number), a.drawn + i, a.logprob + i);
+    else
+      best_of(logits, a.vocab, a.drawn + i, a.logprob + i);
+  }
 }
 
 template <class T>

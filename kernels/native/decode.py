@@ -27,7 +27,11 @@ class Decode(Struct):
         *((name, c_float) for name in ("eps", "scale", "scaling")),
         ("layer", POINTER(DecodeLayer)),
         *((name, c_void_p) for name in ("tokens", "lengths", "cos", "sin", "embed", "last_norm", "head")),
-        *((name, c_void_p) for name in ("hidden", "logits", "best", "logprob")),
+        *((name, c_void_p) for name in ("hidden", "logits")),
+        ("temperature", c_float),
+        ("keys", c_void_p),
+        ("number", c_int64),
+        *((name, c_void_p) for name in ("drawn", "logprob")),
     ]
 
 

@@ -69,8 +69,11 @@ typedef struct {
   const void *embed, *last_norm, *head;    // [V, D], [D], [V, D]
   void* hidden;                            // [N, D] after the last norm
   float* logits;                           // [N, V]
-  int64_t* best;                           // [N]: the first of the largest logits
-  float* logprob;                          // [N]: its log-probability
+  float temperature;       // 0: the first of the largest logits is drawn
+  const int64_t* keys;     // [B] streams that others are drawn with: number `number` of each; T = 1
+  int64_t number;
+  int64_t* drawn;          // [N]
+  float* logprob;          // [N] of what was drawn, under the distribution that it was drawn from
 } Decode;
 
 // AdamW over one tensor (adamw.cpp). dtype is that of g; copy is bf16.

@@ -114,7 +114,7 @@ def _decode(
             cache.keep(kept)
             active, drawn = [active[row] for row in going], [drawn[row] for row in going]
             rows, sampling = rows[kept], sampling._replace(keys=sampling.keys[kept])
-        now = take_step(drawn)
+        now = take_step(drawn, sampling, step + 1)
         if record:
             record.write(now.experts, rows, cache.lengths)
         cache.advance(1)
@@ -147,7 +147,7 @@ class _Stepper:
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self.model, self.cache, self.head = model, cache, ops.for_few_rows(model.head.weight)
 
-    def __call__(self, ids: list[int]) -> Stepped:
+    def __call__(self, ids: list[int], sampling: Sampling, number: int) -> Stepped:
         tokens = torch.tensor(ids, device=self.head.device).view(len(self.cache.lengths), -1)
         with _light_products(len(ids) == 1):
             hidden, routings = self.model.encode(tokens, cache=self.cache)
@@ -203,8 +203,8 @@ class _Record:
 
 def _draw(now: Stepped, sampling: Sampling, step: int) -> tuple[list[int], list[float]]:
     """Ids and their log-probabilities, one a sequence."""
-    if sampling.temperature == 0 and now.best is not None:
-        return now.best, now.logprobs
+    if now.drawn is not None:
+        return now.drawn, now.logprobs
     chosen, logp = _sample(now.logits, sampling, step)
     return chosen.tolist(), logp.tolist()
 

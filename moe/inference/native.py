@@ -1,7 +1,7 @@
 """Steps of decoding by the native kernels: one call a step for the whole stack, for the stock model on a CPU.
 
     step = stepper(model, cache)        None where `why_not(model, cache)` has a reason; the PyTorch path answers then
-    out = step(ids)                     B * T ids, T new tokens of each sequence -> logits, experts, the best ids
+    out = step(ids)                     B * T ids, T new tokens of each sequence -> logits, experts, the next ids
 
 Attention is MLA's absorbed form with its factors left apart (W_UK, W_UV, W_O), so that every weight is read where it
 lies: nothing is copied, and nothing can be out of date. T > 1 is for drafts: a token sees those before it.
@@ -12,7 +12,7 @@ Source: kernels/native/decode.cpp, where the numerics are told.
 from __future__ import annotations
 
 from ctypes import POINTER, addressof, c_float, c_int64, cast
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from moe.layers.moe import MoE
 from moe.layers.router import Router
 from moe.model import Transformer
 
+if TYPE_CHECKING:
+    from moe.inference.decoding import Sampling
+
 STOCK = {nn.Embedding, nn.Linear, nn.ModuleList, Block, MLA, RMSNorm, SwiGLU, MoE, Router, Experts, Transformer}
 
 
@@ -41,10 +44,10 @@ class Stepped(NamedTuple):
     """[B * T, D] states after the last norm, in the weights' dtype."""
     experts: dict[str, Tensor]
     """[B, T, K] choices by layer name; a copy, and empty unless asked for, where the step is native."""
-    best: list[int] | None = None
-    """[B * T]: the first of the largest logits, if the step knows it already."""
+    drawn: list[int] | None = None
+    """[B * T] next ids, where the step drew them itself."""
     logprobs: list[float] = []
-    """[B * T]: its log-probability; NaN where a logit is not finite."""
+    """[B * T]: theirs; NaN where a logit is not finite."""
 
 
 def why_not(model: Transformer, cache: LatentCache) -> str:
@@ -102,8 +105,12 @@ class Stepper:
         self.latents: list[Tensor] | None = None  # those that the layers point to
         self.rows = 0
 
-    def __call__(self, ids: list[int]) -> Stepped:
-        """B * T ids, sequence by sequence. Raises ValueError where the cache has no room for T more tokens."""
+    def __call__(self, ids: list[int], sampling: Sampling | None = None, number: int = 0) -> Stepped:
+        """B * T ids, sequence by sequence. Raises ValueError where the cache has no room for T more tokens.
+
+        sampling: how the next ids are drawn, with number `number` of each stream; by default the best are. Those with
+        top_p < 1 are left to the caller.
+        """
         a, cache = self.args, self.cache
         batch = len(cache.lengths)
         a.b, a.t = batch, len(ids) // batch
@@ -118,23 +125,27 @@ class Stepper:
             for layer, latents in zip(self.layers, cache.latents):
                 layer.latents = pointer(latents)
         self.ids[:] = ids  # type: ignore[assignment]
-        a.lengths = pointer(cache.lengths)
+        a.lengths, a.temperature = pointer(cache.lengths), 0.0
+        if sampling is not None and sampling.temperature > 0:
+            a.temperature, a.keys, a.number = sampling.temperature, pointer(sampling.keys), number
         decode_step(a)
         experts: dict[str, Tensor] = {}
         if self.keep_experts:
             chosen = self.experts.to(torch.int16, copy=True).view(len(self.routed), batch, a.t, a.k)
             experts = {f"layers.{i}": ids for i, ids in zip(self.routed, chosen)}
-        return Stepped(self.logits, self.hidden, experts, self.best[:], self.logprobs[:])
+        if sampling is not None and sampling.top_p < 1:
+            return Stepped(self.logits, self.hidden, experts)
+        return Stepped(self.logits, self.hidden, experts, self.drawn[:], self.logprobs[:])
 
     def _make_room(self, rows: int) -> None:
         a, weight = self.args, self.model.embed.weight
         self.rows, self.ids = rows, (c_int64 * rows)()
-        self.best, self.logprobs = (c_int64 * rows)(), (c_float * rows)()
+        self.drawn, self.logprobs = (c_int64 * rows)(), (c_float * rows)()
         self.logits, self.hidden = torch.empty(rows, a.vocab), weight.new_empty(rows, a.d)
         self.experts = torch.empty(len(self.routed), rows, a.k, dtype=torch.int64)
         for i, chosen in zip(self.routed, self.experts):
             self.layers[i].chosen = pointer(chosen)
-        a.tokens, a.best, a.logprob = addressof(self.ids), addressof(self.best), addressof(self.logprobs)
+        a.tokens, a.drawn, a.logprob = addressof(self.ids), addressof(self.drawn), addressof(self.logprobs)
         a.logits, a.hidden = pointer(self.logits), pointer(self.hidden)
 
 

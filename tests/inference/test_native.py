@@ -56,16 +56,24 @@ def test_bf16_scores_are_those_of_a_full_forward_with_the_recorded_choices(small
         assert logprobs == pytest.approx(logp.gather(1, text[0, len(prompt) :, None])[:, 0].tolist(), abs=0.1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_streams_ends_and_recorded_choices_are_those_of_the_pytorch_path(model, ops_path, temperature):
-    free = moe.generate(model, PROMPTS, 10, temperature, seed=3)
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_streams_ends_and_recorded_choices_are_those_of_the_pytorch_path(model, ops_path, temperature, top_p):
+    free = moe.generate(model, PROMPTS, 10, temperature, seed=3, top_p=top_p)
     eos = free.tokens[2][4]
 
     def run(path):
         ops_path(path)
         seen = []
         out = moe.generate(
-            model, PROMPTS, 10, temperature, 3, eos=eos, stream=lambda *x: seen.append(x), keep_routings=True
+            model,
+            PROMPTS,
+            10,
+            temperature,
+            3,
+            top_p=top_p,
+            eos=eos,
+            stream=lambda *x: seen.append(x),
+            keep_routings=True,
         )
         return seen, out
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe.config import UserError
+from moe.kernels.native import library
 from moe.layers import attention
 from moe.layers.attention import MLA
 from moe.layers.basics import Rotary, rotate
@@ -229,6 +230,24 @@ def test_packed_segments_equal_separate_sequences(agree):
     agree(packed, torch.cat([layer(x[:, a:b]) for a, b in ((0, 4), (4, 6), (6, 9))], 1))
     running = layer(x, segment_ids=segments)  # running positions give the same scores, up to the fp32 tables
     agree(running, packed, 1e-5)
+
+
+@pytest.mark.skipif(library.status() != "", reason=library.status())
+@pytest.mark.parametrize("q_lora_rank, packed", [(None, True), (6, False)])
+def test_the_native_path_gives_the_composed_forms_output_gradients_and_cache(agree, ops_path, q_lora_rank, packed):
+    layer = make(q_lora_rank, torch.float32, rope_scaling=YARN)
+    x, upstream = torch.randn(2, 70, 14, requires_grad=True), torch.randn(2, 70, 14)
+    segments = torch.sort(torch.randint(0, 4, (2, 70)), -1).values if packed else None
+    inputs, found = [x, *layer.parameters()], []
+    for path in ("native", "torch"):
+        ops_path(path)
+        cache = LatentCache(1, 2, 80, 9, 4, dtype=torch.float32)
+        y = layer(x, segment_ids=segments)
+        assert torch.equal(layer(x.detach(), segment_ids=segments, cache=cache), y)  # prefill
+        latents = cache.c_kv[0][:, :70], cache.k_rope[0][:, :70]
+        found.append([y, *latents, *torch.autograd.grad(y, inputs, upstream)])
+    for a, e in zip(*found):
+        agree(a, e, 3e-5)
 
 
 def test_a_later_token_changes_no_earlier_output():

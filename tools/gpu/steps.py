@@ -138,7 +138,7 @@ def passes(plan: Plan, memory: float | None) -> int:
 
 
 def needed(plan: Plan, count: int) -> int:
-    return planner.memory(plan.config, plan.seq_len, plan.rows // count, "bf16", fused=True).total
+    return planner.memory(plan.config, plan.seq_len, plan.rows // count, "bf16", path="triton").total
 
 
 def trained(machine: Machine, plan: Plan, compiled: bool) -> dict[str, Any]:

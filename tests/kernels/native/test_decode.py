@@ -15,6 +15,7 @@ from moe.layers.cache import LatentCache
 from moe.model import Transformer
 
 pytestmark = pytest.mark.skipif(library.status() != "", reason=library.status())
+decoding = pytest.importorskip("moe.inference.decoding")
 native = pytest.importorskip("moe.inference.native")
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -123,7 +124,7 @@ def test_a_step_is_the_full_forward_in_float64(small, agree, level, dtype, shape
         trial.agrees(agree, exact, f"{batch} x {times}")
         if dtype is F32:
             logits = out.logits.double()
-            assert out.best == logits.argmax(-1).tolist()
+            assert out.drawn == logits.argmax(-1).tolist()
             found = torch.tensor(out.logprobs, dtype=torch.float64)
             agree(found, logits.log_softmax(-1).amax(-1), 1e-6, scale=1.0)
             agree(out.hidden @ model.head.weight.T, out.logits, 1e-5)
@@ -224,8 +225,53 @@ def test_ties_go_to_the_lowest_id(small, level):
     model.layers[1].ffn.router.weight.data.zero_()
     model.layers[1].ffn.router.bias.data.zero_()
     out = Trial(model, 3, 4).take(1)
-    assert out.best == [0] * 3
+    assert out.drawn == [0] * 3
     assert out.experts["layers.1"].tolist() == [[[0, 1, 2]]] * 3  # of groups 0 and 1
+
+
+@pytest.mark.parametrize("vocab", [2, 16, 37, 300])
+@pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 4.0])
+def test_draws_are_those_of_the_pytorch_path(small, level, vocab, temperature, seed):
+    model = model_of(small(num_nextn_predict_layers=0, vocab_size=vocab, initializer_range=0.5), F32)
+    trial, keys = Trial(model, 40, 2), decoding.stream_keys(seed, 40)
+    for number in (1, 2, 1000):
+        sampling = decoding.Sampling(temperature, 1.0, keys)
+        out = trial.step([0] * 40, sampling, number)
+        trial.cache.advance(1)
+        drawn, logp = decoding._sample(out.logits, sampling, number)
+        rounding = 1e-6 / min(temperature, 1)  # of logits over temperature; a draw may fall into the gap
+        same = torch.tensor(out.drawn) == drawn
+        assert same.sum() >= 40 - (temperature < 0.1)
+        torch.testing.assert_close(torch.tensor(out.logprobs)[same], logp[same], rtol=10 * rounding, atol=10 * rounding)
+    assert trial.step([0] * 40, sampling._replace(top_p=0.9)).drawn is None
+
+
+def test_only_tokens_with_a_chance_are_drawn(small, level):
+    """At both ends of what a stream gives; the keys are found by undoing the counter's mixing."""
+    model = model_of(small(num_nextn_predict_layers=0), F32)
+    trial = Trial(model, 2, 3)
+    model.head.weight.data.zero_()
+    model.head.weight.data[[5, 20]] = 300.0  # these two alone, or all but these
+    keys = torch.tensor([key_of(0), key_of(2**64 - 1)])
+    out = trial.step([1, 2], decoding.Sampling(1.0, 1.0, keys), 0)
+    for row, token, end in zip(out.logits, out.drawn, (0, -1)):
+        assert token == [i for i in range(37) if row[i] > row.amax() - 80][end]
+
+
+def key_of(mixed):
+    """The stream whose number 0 is splitmix64's word `mixed`, as int64."""
+    z, word = mixed, 2**64
+
+    def undone(z, bits):
+        x = z
+        for _ in range(64 // bits + 1):
+            x = z ^ (x >> bits)
+        return x
+
+    z = undone(z, 31) * pow(0x94D049BB133111EB, -1, word) % word
+    z = undone(z, 27) * pow(0xBF58476D1CE4E5B9, -1, word) % word
+    z = (undone(z, 30) - 0x9E3779B97F4A7C15) % word
+    return z - word if z >= word // 2 else z
 
 
 def test_a_cache_without_room_is_refused_before_anything_is_written(small):
