@@ -27,7 +27,7 @@ static int omp_get_num_threads() { return 1; }
 namespace MOE_LEVEL {
 namespace {
 
-constexpr int64_t RANGE = 480;  // keys that one thread meets at a time: they and their scores stay in the second cache
+constexpr int64_t RANGE = 480;   // keys that one thread meets at a time: they and their scores stay in the second cache
 constexpr int64_t START = 1024;  // bytes fetched ahead where reading jumps to another expert
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -81,7 +81,8 @@ struct Room {
   Row<T>*h, *c_q, *nope, *z;
   Op<T>*packed, *weights;
   Order order;
-  int64_t *from, *to, *active, actives;  // of rows in expert order: where their token's h and x start; experts that have rows
+  int64_t *from, *to;        // of rows in expert order: where their token's h and x start
+  int64_t *active, actives;  // experts that have rows
   Room(Cut& cut, const Decode& a, const Shape<T>& s, int64_t me_, int64_t team_)
       : me(me_), team(team_), few(cut, s.deepest) {
     q = cut.take<float>(s.n * s.hp);
@@ -353,7 +354,7 @@ void Step<T>::last(const Room<T>& r) const {
   for (int64_t i = r.me; i < s.n; i += r.team) {
     const float* logits = a.logits + i * a.vocab;
     if (a.temperature > 0)
-      draw(logits, a.vocab, a.temperature, uniform(a.keys[i], a.number), a.drawn + i, a.logprob + i);
+      draw(logits, a.vocab, a.temperature, uniform(a.keys[i / a.t], a.number + i % a.t), a.drawn + i, a.logprob + i);
     else
       best_of(logits, a.vocab, a.drawn + i, a.logprob + i);
   }

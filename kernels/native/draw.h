@@ -1,4 +1,4 @@
-// One token of logits [V]: the best, or one drawn at a temperature. reference: _sample, uniform (moe/inference/decoding.py).
+// One token of logits [V]: the best, or one drawn at a temperature. reference: _sample (moe/inference/decoding.py).
 //
 //     log-probability under the distribution drawn from: NaN where a logit is not a number, or infinite
 #pragma once

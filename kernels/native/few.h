@@ -1,11 +1,11 @@
-// Products of few rows with matrices that are read where they lie, once and in order: what a step of decoding is made of.
+// Products of few rows with matrices that are read where they lie, once and in order: what decoding is made of.
 //
 //     along     C[M, N] = A[M, K] B[N, K]^T      rows of B lie along K: weights of a Linear, cached keys
 //     across    C[M, N] = A[M, K] B[K, N]        rows of B are steps of K: cached values
 //
-// A's rows are Row<T>, zeros up to ahead<T>(K). Up to seven rows meet each row of B as it streams past, and the lanes of their
-// sums are added up at the end: no packed copy could be read faster than memory gives it. More rows become the right
-// operand of a micro-kernel, with B's as its left one.
+// A's rows are Row<T>, zeros up to ahead<T>(K). Up to seven rows meet each row of B as it streams past, and the lanes of
+// their sums are added up at the end: no packed copy could be read faster than memory gives it. More rows become the
+// right operand of a micro-kernel, with B's as its left one.
 #pragma once
 #include "gemm.h"
 #include "scratch.h"
@@ -168,7 +168,8 @@ typedef V Half;
 #endif
 #if defined(__AVX512BF16__)
 inline Half fused(Half c, pair a, const pair* b) {
-  return (Half)_mm256_dpbf16_ps((__m256)c, (__m256bh)_mm256_set1_epi32(a), (__m256bh)_mm256_loadu_si256((const __m256i*)b));
+  const __m256i right = _mm256_loadu_si256((const __m256i*)b);
+  return (Half)_mm256_dpbf16_ps((__m256)c, (__m256bh)_mm256_set1_epi32(a), (__m256bh)right);
 }
 #endif
 constexpr int64_t HALF = sizeof(Half) / 4;
@@ -184,7 +185,8 @@ inline __attribute__((always_inline)) void narrow_tile(int64_t k, const O* b, in
   X s[R] = {};
   int64_t p = 0;
   for (; p + 4 <= k; p += 4) {
-    for (int64_t i = 0; i < (int64_t)(4 * R * sizeof(O)); i += 64) __builtin_prefetch(later + p * R * sizeof(O) + i, 0, 2);
+    for (int64_t i = 0; i < (int64_t)(4 * R * sizeof(O)); i += 64)
+      __builtin_prefetch(later + p * R * sizeof(O) + i, 0, 2);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; u++)
 #pragma GCC unroll 16
@@ -212,7 +214,8 @@ template <class T> inline bool lies_in_operands(const bf16* b, int64_t ldb, int6
 
 // out [N][width_of(M)] = B A^T, for A [K steps][padded(M)] from pack_along.
 template <class T>
-void turned(int64_t m, const Op<T>* a, const T* b, int64_t ldb, int64_t n, int64_t k, float* out, const FewRoom<T>& room) {
+void turned(int64_t m, const Op<T>* a, const T* b, int64_t ldb, int64_t n, int64_t k, float* out,
+            const FewRoom<T>& room) {
   constexpr int64_t step = Operand<T>::step;
   const bool lies = lies_in_operands<T>(b, ldb, k);
   const int64_t width = ahead<T>(k), depth = steps<T>(k), ldo = width_of(m), strip = lies ? n : STRIP;
@@ -321,8 +324,8 @@ __attribute__((noinline)) void across_rows(const Op<T>* a, int64_t rs, int64_t c
 
 // out [M][ldo] with room for padded(N). A: operands with two strides, as in gemm.
 template <class T>
-void across(int64_t m, const Op<T>* a, int64_t rs, int64_t cs, const T* b, int64_t ldb, int64_t n, int64_t k, float* out,
-            int64_t ldo) {
+void across(int64_t m, const Op<T>* a, int64_t rs, int64_t cs, const T* b, int64_t ldb, int64_t n, int64_t k,
+            float* out, int64_t ldo) {
   for (; m >= 8; m -= 8, a += 8 * rs, out += 8 * ldo) across_rows<8>(a, rs, cs, b, ldb, n, k, out, ldo);
   for (; m >= 4; m -= 4, a += 4 * rs, out += 4 * ldo) across_rows<4>(a, rs, cs, b, ldb, n, k, out, ldo);
   if (m == 3) across_rows<3>(a, rs, cs, b, ldb, n, k, out, ldo);

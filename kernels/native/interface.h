@@ -70,7 +70,7 @@ typedef struct {
   void* hidden;                            // [N, D] after the last norm
   float* logits;                           // [N, V]
   float temperature;       // 0: the first of the largest logits is drawn
-  const int64_t* keys;     // [B] streams that others are drawn with: number `number` of each; T = 1
+  const int64_t* keys;     // [B] streams that others are drawn with: from number `number` of each on
   int64_t number;
   int64_t* drawn;          // [N]
   float* logprob;          // [N] of what was drawn, under the distribution that it was drawn from

@@ -27,7 +27,8 @@ template <class O> constexpr int64_t KEYS = 1;
 #if defined(__AVX512BF16__)
 template <> constexpr int64_t KEYS<pair> = 2;
 // Where each 16 bits of the pairs come from, in two vectors of bf16 that stand side by side.
-#define WORDS(a, b) a, b, a + 1, b + 1, a + 2, b + 2, a + 3, b + 3, a + 4, b + 4, a + 5, b + 5, a + 6, b + 6, a + 7, b + 7
+#define WORDS(a, b) \
+  a, b, a + 1, b + 1, a + 2, b + 2, a + 3, b + 3, a + 4, b + 4, a + 5, b + 5, a + 6, b + 6, a + 7, b + 7
 typedef uint16_t Words __attribute__((vector_size(4 * W)));
 inline void keep_words(pair* out, V first, V second, Words from) {
   const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -40,7 +41,7 @@ inline void keep_halves(pair* out, V first, V second) {
 #undef WORDS
 #endif
 
-// Down the columns of scores [keys + SPARE, width] -> left operands [steps, width], each column's largest score and total.
+// Scores [keys + SPARE, width] -> left operands [steps, width], and each column's largest score and total.
 template <class O>
 void softmax(int64_t keys, int64_t width, const float* scores, O* out, float* tops, float* totals) {
   for (int64_t c = 0; c < width; c += W) {

@@ -2,8 +2,9 @@
 
     prompts, ragged lists of ids -> Generated(tokens, logprobs, routings)
 
-A sequence is a function of weights, prompt and seed: its draws come from a counter, not from a generator that others
-share, so neither its neighbours nor their end move it. MTP takes no part, and none of its tensors is touched.
+A step is one native call where native.py can take it, and `model.encode` elsewhere. A sequence is a function of weights,
+prompt and seed: its draws come from a counter, not from a generator that others share, so neither its neighbours nor
+their end move it. MTP takes no part, and none of its tensors is touched.
 Source of the counter: splitmix64 (Steele, Lea, Flood, OOPSLA 2014). Not here: drafting with MTP (speculative.py, later).
 """
 

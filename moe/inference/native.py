@@ -63,15 +63,46 @@ def why_not(model: Transformer, cache: LatentCache) -> str:
         if name.partition(".")[0] == "mtp":  # no part in decoding
             continue
         if type(module) not in STOCK:
-            return f"{name} is a {type(module).__name__}"
+            return f"{name or 'the model'} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name} has hooks"
         for key, p in module.named_parameters(recurse=False):
-            if key == "bias" or p.dtype != weight.dtype or p.device.type != "cpu" or not p.is_contiguous():
-                return f"{name}.{key} is {p.dtype} on {p.device} with strides {p.stride()}"
+            if (
+                key == "bias"
+                or p.dtype != weight.dtype
+                or p.device.type != "cpu"
+                or not p.is_contiguous()
+                or not p.numel()
+            ):
+                return f"{name}.{key} is {p.dtype} on {p.device}, {tuple(p.shape)} with strides {p.stride()}"
     if len({m.eps for m in model.modules() if isinstance(m, RMSNorm)}) > 1:
         return "norms differ in their eps"
+    blocks = _blocks(model)
+    rules = {_rule(block.ffn) for block in blocks if isinstance(block.ffn, MoE)}
+    if (
+        [block.layer for block in blocks] != list(range(len(blocks)))
+        or len(rules) > 1
+        or len(set(map(_widths, blocks))) > 1
+    ):
+        return "layers differ in their shapes or routing, or stand in another order"
     return ""
+
+
+def _blocks(model: Transformer) -> list[Block]:
+    return [layer for layer in model.layers if isinstance(layer, Block)]
+
+
+def _widths(block: Block) -> tuple:
+    """h, q, c, nope, rope, v and scale."""
+    a = block.attn
+    return a.heads, a.q_lora_rank or 0, a.kv_lora_rank, a.nope, a.rope, a.v, a.scale
+
+
+def _rule(ffn: MoE) -> tuple:
+    """e, k, f, groups, kept, sigmoid, norm, scaling."""
+    r = ffn.router
+    width = ffn.experts.w2.shape[2]
+    return r.n_experts, r.k, width, r.n_group, r.topk_group, r.scoring_func == "sigmoid", r.norm, r.scaling
 
 
 def stepper(model: Transformer, cache: LatentCache, keep_experts: bool = False) -> Stepper | None:
@@ -82,34 +113,29 @@ class Stepper:
     """Holds what a step needs; see the module. The caller advances the cache, and may shrink its batch between steps."""
 
     def __init__(self, model: Transformer, cache: LatentCache, keep_experts: bool = False) -> None:
-        c = model.config
         self.model, self.cache, self.keep_experts = model, cache, keep_experts
-        self.angles = model.rotary(torch.arange(cache.capacity))
-        blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+        self.angles, blocks = model.rotary(torch.arange(cache.capacity)), _blocks(model)
         self.layers = (DecodeLayer * len(blocks))(*map(_layer, blocks))
         self.routed = [i for i, block in enumerate(blocks) if isinstance(block.ffn, MoE)]
-        router = blocks[self.routed[0]].ffn.router if self.routed else None
-        self.args = Decode(
-            layers=len(blocks), capacity=cache.capacity, d=c.hidden_size, h=c.num_attention_heads,
-            q=c.q_lora_rank or 0, c=c.kv_lora_rank, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, v=c.v_head_dim,
-            vocab=c.vocab_size, dtype=DTYPES[model.embed.weight.dtype], threads=threads(),
-            eps=model.norm.eps, scale=blocks[0].attn.scale, layer=cast(self.layers, POINTER(DecodeLayer)),
+        head, dtype = model.head.weight, DTYPES[model.embed.weight.dtype]
+        self.args = a = Decode(
+            layers=len(blocks), capacity=cache.capacity, d=head.shape[1], vocab=head.shape[0], dtype=dtype,
+            threads=threads(), eps=model.norm.eps, layer=cast(self.layers, POINTER(DecodeLayer)),
             cos=pointer(self.angles[0]), sin=pointer(self.angles[1]), embed=pointer(model.embed.weight),
-            last_norm=pointer(model.norm.weight), head=pointer(model.head.weight),
+            last_norm=pointer(model.norm.weight), head=pointer(head),
         )  # fmt: skip
-        if isinstance(router, Router):
-            a = self.args
-            a.e, a.k, a.f = router.n_experts, router.k, c.moe_intermediate_size
-            a.groups, a.kept = router.n_group, router.topk_group
-            a.sigmoid, a.norm, a.scaling = router.scoring_func == "sigmoid", router.norm, router.scaling
+        a.h, a.q, a.c, a.nope, a.rope, a.v, a.scale = _widths(blocks[0])
+        if self.routed:
+            a.e, a.k, a.f, a.groups, a.kept, a.sigmoid, a.norm, a.scaling = _rule(blocks[self.routed[0]].ffn)
         self.latents: list[Tensor] | None = None  # those that the layers point to
         self.rows = 0
 
     def __call__(self, ids: list[int], sampling: Sampling | None = None, number: int = 0) -> Stepped:
-        """B * T ids, sequence by sequence. Raises ValueError where the cache has no room for T more tokens.
+        """B * T ids, sequence by sequence. Raises ValueError for unknown ids, and where the cache has no room
+        for T more tokens.
 
-        sampling: how the next ids are drawn, with number `number` of each stream; by default the best are. Those with
-        top_p < 1 are left to the caller.
+        sampling: how the next ids are drawn, with each stream's numbers from `number` on; by default the best are. With
+        top_p < 1 drawing is left to the caller.
         """
         a, cache = self.args, self.cache
         batch = len(cache.lengths)
@@ -118,6 +144,8 @@ class Stepper:
             raise ValueError(
                 f"cache of {cache.capacity} tokens cannot hold {cache.longest + a.t}; make it with a larger capacity"
             )
+        if min(ids) < 0 or max(ids) >= a.vocab:
+            raise ValueError(f"an id is outside [0, {a.vocab})")
         if self.rows != len(ids):
             self._make_room(len(ids))
         if self.latents is not cache.latents:

@@ -122,6 +122,10 @@ class Odd(Router):
     pass
 
 
+class Own(moe.Transformer):
+    pass
+
+
 def replaced(model, **parts):
     for name, part in parts.items():
         setattr(model.layers[1].ffn, name, part)
@@ -140,6 +144,10 @@ VARIANTS = {
     "head.bias is": lambda m: setattr(m, "head", nn.Linear(24, 37)),
     "layers.0.attn.o.weight is": lambda m: transposed(m.layers[0].attn.o.weight),
     "layers.1.ffn.experts.w13 is torch.float64": lambda m: m.layers[1].ffn.experts.double(),
+    "layers differ": lambda m: replaced(m, router=Router(24, 8, 2)),
+    "in another order": lambda m: setattr(m, "layers", nn.ModuleList([*m.layers][::-1])),
+    "norm.weight is torch.float32 on cpu, (0,)": lambda m: setattr(m.norm, "weight", nn.Parameter(torch.empty(0))),
+    "the model is a Own": lambda m: setattr(m, "__class__", Own),
     "norms differ": lambda m: setattr(m.norm, "eps", 1e-3),
     "training mode": lambda m: m.train(),
 }
